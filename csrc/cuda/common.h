@@ -1,0 +1,113 @@
+// What every translation unit of the CUDA backend needs: errors, integer helpers, the 16-bit types.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "nsa/params.h"
+
+namespace nsa::cuda {
+
+inline void throw_if(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + " (" +
+                           cudaGetErrorString(status) + ")");
+}
+
+/// Throws std::runtime_error with the text of the call that failed.
+#define NSA_CUDA_CHECK(call) ::nsa::cuda::throw_if((call), #call)
+
+/// Reports the error of the launch just made; it neither waits for the kernel nor breaks a capture.
+inline void check_launch(const char* kernel_name) { throw_if(cudaGetLastError(), kernel_name); }
+
+/// Lets `kernel` use `bytes` of dynamic shared memory; more than 48 KB must be asked for.
+template <class Kernel>
+void allow_shared_memory(Kernel* kernel, int64_t bytes) {
+  if (bytes > 48 * 1024)
+    NSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(bytes)));
+}
+
+template <class Int>
+__host__ __device__ constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+template <class Int>
+__host__ __device__ constexpr Int round_up(Int a, Int b) {
+  return ceil_div(a, b) * b;
+}
+
+/// Hands out consecutive pieces of a workspace, each 256-byte aligned. With a null base it only
+/// counts, so that a *_workspace function and its launcher share one layout.
+class WorkspaceCursor {
+ public:
+  explicit WorkspaceCursor(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base_ ? base_ + bytes_ : nullptr;
+    bytes_ += round_up<int64_t>(count * static_cast<int64_t>(sizeof(T)), 256);
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+/// The names of a 16-bit type, its conversions, and those of a pair in one 32-bit register.
+template <class T>
+struct Half;
+template <>
+struct Half<__nv_bfloat16> {
+  using Pair = __nv_bfloat162;
+  static __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+    return __float2bfloat16_rn(x);
+  }
+  static __device__ __forceinline__ float2 to_float2(uint32_t x) {
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  }
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const Pair pair = __floats2bfloat162_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+template <>
+struct Half<__half> {
+  using Pair = __half2;
+  static __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
+  static __device__ __forceinline__ float2 to_float2(uint32_t x) {
+    return __half22float2(reinterpret_cast<const Pair&>(x));
+  }
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const Pair pair = __floats2half2_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+/// Calls body(TypeTag<T>{}) with the CUDA type of a 16-bit `dtype`; other types throw.
+template <class Body>
+decltype(auto) dispatch_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(TypeTag<__nv_bfloat16>{});
+    case DType::kFloat16:
+      return body(TypeTag<__half>{});
+    default:
+      throw std::runtime_error("the CUDA kernels take bfloat16 and float16 only");
+  }
+}
+
+}  // namespace nsa::cuda
