@@ -32,13 +32,15 @@ void compress_mlp_bwd(const CompressMlpBwd& params, const Executor& executor);
 void attn_fwd(const AttnFwd& params, const Executor& executor);
 void attn_bwd(const AttnBwd& params, const Executor& executor);
 
+/// Why an attention call would be refused; empty where it would run.
+std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& config);
+
 /// The instruction set that this machine's kernels run on: "avx512", "avx2" or "baseline".
 const char* isa();
 
 }  // namespace cpu
 
-#ifdef NSA_EXT_WITH_CUDA
-
+// Declared always, defined where the CUDA kernels are built (NSA_EXT_WITH_CUDA).
 namespace cuda {
 
 using Stream = void*;  // cudaStream_t
@@ -67,7 +69,5 @@ void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend bac
 void attn_bwd(const AttnBwd& params, void* workspace, Stream stream, Backend backend);
 
 }  // namespace cuda
-
-#endif  // NSA_EXT_WITH_CUDA
 
 }  // namespace nsa

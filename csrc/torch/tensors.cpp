@@ -1,0 +1,92 @@
+#include "torch/tensors.h"
+
+namespace nsa::binding {
+
+std::string shape_string(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + ")";
+}
+
+DType to_dtype(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+DType to_dtype(const Tensor& tensor, const char* name) {
+  return to_dtype(tensor.scalar_type(), name);
+}
+
+ScalarType to_scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      break;
+  }
+  return ScalarType::Half;
+}
+
+void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape,
+           ScalarType dtype, const Tensor& like) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && (shape[i] < 0 || tensor.size(i) == shape[i]);
+    expected += (i ? ", " : "") + (shape[i] < 0 ? std::string("*") : std::to_string(shape[i]));
+  }
+  STD_TORCH_CHECK(same, name, " must have shape ", expected, "), got ", shape_string(tensor));
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has an unexpected dtype");
+  STD_TORCH_CHECK(tensor.device() == like.device(), name, " is on another device than the rest");
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1, name,
+                  " must be contiguous in its last dim, got stride ", tensor.stride(last));
+}
+
+void check_contiguous(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+const int32_t* cu_seqlens_ptr(const OptTensor& cu_seqlens, const char* name, int64_t rows,
+                              int64_t max_seqlen, const Tensor& like, int64_t slack) {
+  if (!cu_seqlens) return nullptr;
+  check(*cu_seqlens, name, {-1}, ScalarType::Int, like);
+  STD_TORCH_CHECK(cu_seqlens->numel() >= 1, name, " must have at least one element");
+  check_contiguous(*cu_seqlens, name);
+  const int32_t* ptr = cu_seqlens->const_data_ptr<int32_t>();
+  if (cu_seqlens->is_cpu()) {
+    const int64_t batch = cu_seqlens->numel() - 1;
+    STD_TORCH_CHECK(ptr[0] == 0 && ptr[batch] >= rows && ptr[batch] <= rows + slack, name,
+                    " must start at 0 and end at the ", rows, " packed rows, got ", ptr[0], " and ",
+                    ptr[batch]);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t length = static_cast<int64_t>(ptr[b + 1]) - ptr[b];
+      STD_TORCH_CHECK(length >= 0 && length <= max_seqlen, name, ": sequence ", b, " has length ",
+                      length, ", expected 0 to the maximum ", max_seqlen);
+    }
+  }
+  return ptr;
+}
+
+}  // namespace nsa::binding
