@@ -25,6 +25,13 @@ inline void throw_if(cudaError_t status, const char* what) {
 /// Reports the error of the launch just made; it neither waits for the kernel nor breaks a capture.
 inline void check_launch(const char* kernel_name) { throw_if(cudaGetLastError(), kernel_name); }
 
+/// The x extent of a grid; more blocks than CUDA can launch throw.
+inline unsigned grid_size(int64_t blocks) {
+  if (blocks < 0 || blocks > INT32_MAX)
+    throw std::runtime_error("too many blocks for one launch: " + std::to_string(blocks));
+  return static_cast<unsigned>(blocks);
+}
+
 /// Lets `kernel` use `bytes` of dynamic shared memory; more than 48 KB must be asked for.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int64_t bytes) {

@@ -1,0 +1,143 @@
+// Where the compressed tokens and the keys of a batch lie, padded or packed.
+//
+// A "row" counts the compressed tokens of a head: b * Tc + c in a padded batch, the row of k_cmp in
+// a packed one (`packed_row`), where rows that hold no token occur.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common.h"
+#include "nsa/geometry.h"
+#include "nsa/params.h"
+
+namespace nsa::cuda::compress {
+
+/// What the kernels need of CompressShape.
+struct Sequences {
+  const int32_t* cu_seqlens;  // (B + 1), or null
+  int64_t batch;              // B
+  int64_t seqlen;             // Sk of a padded batch
+  int64_t tokens;             // Tc of a padded batch
+  int64_t keys;               // B * Sk, packed: rows of x
+  int64_t rows;               // B * Tc, packed: rows of k_cmp
+  int32_t block_size, block_stride;
+};
+
+inline Sequences make_sequences(const CompressShape& shape) {
+  Sequences s;
+  s.cu_seqlens = shape.cu_seqlens;
+  s.batch = shape.batch;
+  s.seqlen = shape.seqlen;
+  s.tokens = num_compressed(shape.seqlen, shape.block_size, shape.block_stride);
+  s.keys = shape.cu_seqlens ? shape.total : shape.batch * shape.seqlen;
+  s.rows = shape.cu_seqlens ? packed_row(shape.total, shape.block_stride) : shape.batch * s.tokens;
+  s.block_size = shape.block_size;
+  s.block_stride = shape.block_stride;
+  return s;
+}
+
+/// A compressed token: `batch` and `token` index k_cmp, `batch` and `key` the first key in x.
+struct TokenPosition {
+  int64_t batch, token, key;
+  bool used;  // false: the row holds no token
+};
+
+/// A key: `batch` and `key` index x; position `s` in its sequence, whose Tc = `tokens` compressed
+/// tokens start at `token`.
+struct KeyPosition {
+  int64_t batch, key;
+  int64_t s, token, tokens;
+};
+
+/// The last sequence b with cu_seqlens[b] / divisor <= x. For a key (divisor 1) it is the one that
+/// holds it; for a packed row (divisor d) too, if the row holds a token at all, because later
+/// sequences start behind the tokens of b (`packed_row`). -1 if there is none.
+__device__ __forceinline__ int64_t last_sequence(const Sequences& seqs, int64_t x,
+                                                 int32_t divisor) {
+  int64_t lo = 0, hi = seqs.batch;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (__ldg(seqs.cu_seqlens + mid) / divisor <= x)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo - 1;
+}
+
+__device__ __forceinline__ TokenPosition token_position(const Sequences& seqs, int64_t row) {
+  if (!seqs.cu_seqlens) {
+    const int64_t b = row / seqs.tokens, c = row - b * seqs.tokens;
+    return {b, c, c * seqs.block_stride, true};
+  }
+  const int64_t b = last_sequence(seqs, row, seqs.block_stride);
+  if (b < 0) return {0, row, 0, false};
+  const int64_t start = __ldg(seqs.cu_seqlens + b), end = __ldg(seqs.cu_seqlens + b + 1);
+  const int64_t c = row - packed_row(start, seqs.block_stride);
+  const bool used = c < num_compressed(end - start, seqs.block_size, seqs.block_stride);
+  return {0, row, start + c * seqs.block_stride, used};
+}
+
+__device__ __forceinline__ KeyPosition key_position(const Sequences& seqs, int64_t index) {
+  if (!seqs.cu_seqlens) {
+    const int64_t b = index / seqs.seqlen, s = index - b * seqs.seqlen;
+    return {b, s, s, 0, seqs.tokens};
+  }
+  const int64_t b = last_sequence(seqs, index, 1);
+  if (b < 0) return {0, index, 0, 0, 0};
+  const int64_t start = __ldg(seqs.cu_seqlens + b), end = __ldg(seqs.cu_seqlens + b + 1);
+  const int64_t tokens =
+      index < end ? num_compressed(end - start, seqs.block_size, seqs.block_stride) : 0;
+  return {0, index, index - start, packed_row(start, seqs.block_stride), tokens};
+}
+
+inline bool is_aligned16(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % 16 == 0; }
+
+/// Whether every row of a view can be read and written in pieces of 8 elements (16 bytes).
+template <class T>
+bool rows_aligned16(const View<T>& view) {
+  return is_aligned16(view.ptr) && view.batch % 8 == 0 && view.seq % 8 == 0 && view.head % 8 == 0;
+}
+
+/// Eight elements in one register quad. Rows that are not 16-byte aligned are read one by one.
+template <class T, bool kAligned>
+__device__ __forceinline__ uint4 load8(const T* src) {
+  if constexpr (kAligned) {
+    return __ldg(reinterpret_cast<const uint4*>(src));
+  } else {
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(src);
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = __ldg(bits + 2 * i) | static_cast<uint32_t>(__ldg(bits + 2 * i + 1)) << 16;
+    return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
+
+template <class T, bool kAligned>
+__device__ __forceinline__ void store8(T* dst, const float (&values)[8]) {
+  uint4 packed;
+  packed.x = Half<T>::pack(values[0], values[1]);
+  packed.y = Half<T>::pack(values[2], values[3]);
+  packed.z = Half<T>::pack(values[4], values[5]);
+  packed.w = Half<T>::pack(values[6], values[7]);
+  if constexpr (kAligned) {
+    *reinterpret_cast<uint4*>(dst) = packed;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) dst[i] = Half<T>::from_float(values[i]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void unpack8(uint4 packed, float (&values)[8]) {
+  const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = Half<T>::to_float2(pairs[i]);
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+}  // namespace nsa::cuda::compress
