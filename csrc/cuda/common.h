@@ -1,4 +1,5 @@
-// What every translation unit of the CUDA backend needs: errors, integer helpers, the 16-bit types.
+// What every translation unit of the CUDA backend needs: errors, integer helpers, workspaces,
+// 16-bit dispatch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,38 +66,6 @@ class WorkspaceCursor {
  private:
   char* base_;
   int64_t bytes_ = 0;
-};
-
-/// The names of a 16-bit type, its conversions, and those of a pair in one 32-bit register.
-template <class T>
-struct Half;
-template <>
-struct Half<__nv_bfloat16> {
-  using Pair = __nv_bfloat162;
-  static __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-  static __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
-    return __float2bfloat16_rn(x);
-  }
-  static __device__ __forceinline__ float2 to_float2(uint32_t x) {
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
-  }
-  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
-    const Pair pair = __floats2bfloat162_rn(lo, hi);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-};
-template <>
-struct Half<__half> {
-  using Pair = __half2;
-  static __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-  static __device__ __forceinline__ __half from_float(float x) { return __float2half_rn(x); }
-  static __device__ __forceinline__ float2 to_float2(uint32_t x) {
-    return __half22float2(reinterpret_cast<const Pair&>(x));
-  }
-  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
-    const Pair pair = __floats2half2_rn(lo, hi);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
 };
 
 template <class T>

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < 8; ++i) value[i] += shift[i];
       }
-      const float w = weight ? Half<T>::to_float(weight[r]) : 1.f;
+      const float w = weight ? to_float(weight[r]) : 1.f;
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, value[i], sum[i]);
     }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
     float sum[8] = {};
     for (int64_t c = begin; c < end; ++c) {
       const int64_t r = at.s - c * shape.block_stride;
-      const float w = weight ? Half<T>::to_float(weight[r]) : mean_weight;
+      const float w = weight ? to_float(weight[r]) : mean_weight;
       float value[8];
       unpack8<T>(load8<T, kAligned>(dout + c * p.dout.seq), value);
 #pragma unroll
@@ -198,20 +198,19 @@ __global__ void pool_bwd_finish_kernel(CompressPoolBwd p, const float* totals) {
   const int64_t index = blockIdx.x, hw = index / shape.block_size, r = index % shape.block_size;
   totals += hw * (shape.block_size + shape.dim);
   const float* dout_sum = totals + shape.block_size;
-  const float weight = p.weight ? Half<T>::to_float(static_cast<const T*>(p.weight)[index])
+  const float weight = p.weight ? to_float(static_cast<const T*>(p.weight)[index])
                                 : 1.f / static_cast<float>(shape.block_size);
   float dot = 0.f;
   for (int64_t i = threadIdx.x; i < shape.dim; i += 32) {
     if (p.pos)
-      dot = fmaf(Half<T>::to_float(static_cast<const T*>(p.pos)[index * shape.dim + i]),
-                 dout_sum[i], dot);
+      dot = fmaf(to_float(static_cast<const T*>(p.pos)[index * shape.dim + i]), dout_sum[i], dot);
     if (p.dpos)
-      static_cast<T*>(p.dpos)[index * shape.dim + i] = Half<T>::from_float(weight * dout_sum[i]);
+      static_cast<T*>(p.dpos)[index * shape.dim + i] = static_cast<T>(weight * dout_sum[i]);
   }
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, mask);
   if (p.dweight && threadIdx.x == 0)
-    static_cast<T*>(p.dweight)[index] = Half<T>::from_float(totals[r] + dot);
+    static_cast<T*>(p.dweight)[index] = static_cast<T>(totals[r] + dot);
 }
 
 struct Chunks {
@@ -302,9 +301,10 @@ void compress_pool_bwd(const CompressPoolBwd& params, void* workspace, Stream cu
             params, seqs, tile, chunks.size, chunks.count, w.partial);
         check_launch("pool_bwd_weight_kernel");
       }
+      const int64_t columns = shape.block_size + shape.dim;
       reduce_partials(w.partial, shape.weight_heads,
-                      shape.heads / shape.weight_heads * chunks.count, shape.block_size + shape.dim,
-                      w.totals, stream);
+                      shape.heads / shape.weight_heads * chunks.count, columns,
+                      StoreSum<float>{w.totals, columns}, stream);
       pool_bwd_finish_kernel<T>
           <<<grid_size(shape.weight_heads * shape.block_size), 32, 0, stream>>>(params, w.totals);
       check_launch("pool_bwd_finish_kernel");

@@ -8,11 +8,14 @@ namespace nsa::cuda::compress {
 
 inline constexpr int kReduceColumns = 32, kReduceRows = 8;
 
-/// Sum of partial[group][0..count)[column] in the order of the threads, for the column of this
-/// thread; valid in threads with threadIdx.y == 0. Block of kReduceColumns x kReduceRows threads.
-__device__ __forceinline__ float sum_partials(const float* partial, int64_t count, int64_t columns,
-                                              int64_t column) {
+/// store(group, column, sum over i < count of partial[group][i][column]).
+template <class Store>
+__global__ void __launch_bounds__(kReduceColumns* kReduceRows)
+    reduce_partials_kernel(const float* partial, int64_t count, int64_t columns, Store store) {
   __shared__ float sums[kReduceRows][kReduceColumns];
+  const int64_t group = blockIdx.y;
+  const int64_t column = blockIdx.x * int64_t{kReduceColumns} + threadIdx.x;
+  partial += group * count * columns;
   float sum = 0.f;
   if (column < columns) {
 #pragma unroll 4
@@ -20,28 +23,30 @@ __device__ __forceinline__ float sum_partials(const float* partial, int64_t coun
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y == 0) {
+  if (threadIdx.y || column >= columns) return;
 #pragma unroll
-    for (int i = 1; i < kReduceRows; ++i) sum += sums[i][threadIdx.x];
-  }
-  return sum;
+  for (int i = 1; i < kReduceRows; ++i) sum += sums[i][threadIdx.x];
+  store(group, column, sum);
 }
 
-/// out[group][column] = sum over i of partial[group][i][column], in float32.
-static __global__ void reduce_partials_kernel(const float* partial, int64_t count, int64_t columns,
-                                              float* out) {
-  const int64_t group = blockIdx.y;
-  const int64_t column = blockIdx.x * int64_t{kReduceColumns} + threadIdx.x;
-  const float sum = sum_partials(partial + group * count * columns, count, columns, column);
-  if (threadIdx.y == 0 && column < columns) out[group * columns + column] = sum;
-}
-
-inline void reduce_partials(const float* partial, int64_t groups, int64_t count, int64_t columns,
-                            float* out, cudaStream_t stream) {
+template <class Store>
+void reduce_partials(const float* partial, int64_t groups, int64_t count, int64_t columns,
+                     const Store& store, cudaStream_t stream) {
+  if (groups == 0 || columns == 0) return;
   const dim3 grid(grid_size(ceil_div<int64_t>(columns, kReduceColumns)), grid_size(groups));
   reduce_partials_kernel<<<grid, dim3(kReduceColumns, kReduceRows), 0, stream>>>(partial, count,
-                                                                                 columns, out);
+                                                                                 columns, store);
   check_launch("reduce_partials_kernel");
 }
+
+/// A `Store` for reduce_partials: rows of `columns` elements, rounded to Out.
+template <class Out>
+struct StoreSum {
+  Out* out;
+  int64_t columns;
+  __device__ __forceinline__ void operator()(int64_t group, int64_t column, float sum) const {
+    out[group * columns + column] = static_cast<Out>(sum);
+  }
+};
 
 }  // namespace nsa::cuda::compress

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/common.h"
+#include "cuda/device/ptx.cuh"
 #include "nsa/geometry.h"
 #include "nsa/params.h"
 
@@ -117,15 +118,15 @@ __device__ __forceinline__ uint4 load8(const T* src) {
 template <class T, bool kAligned>
 __device__ __forceinline__ void store8(T* dst, const float (&values)[8]) {
   uint4 packed;
-  packed.x = Half<T>::pack(values[0], values[1]);
-  packed.y = Half<T>::pack(values[2], values[3]);
-  packed.z = Half<T>::pack(values[4], values[5]);
-  packed.w = Half<T>::pack(values[6], values[7]);
+  packed.x = pack2<T>(values[0], values[1]);
+  packed.y = pack2<T>(values[2], values[3]);
+  packed.z = pack2<T>(values[4], values[5]);
+  packed.w = pack2<T>(values[6], values[7]);
   if constexpr (kAligned) {
     *reinterpret_cast<uint4*>(dst) = packed;
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) dst[i] = Half<T>::from_float(values[i]);
+    for (int i = 0; i < 8; ++i) dst[i] = static_cast<T>(values[i]);
   }
 }
 
@@ -134,7 +135,7 @@ __device__ __forceinline__ void unpack8(uint4 packed, float (&values)[8]) {
   const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 pair = Half<T>::to_float2(pairs[i]);
+    const float2 pair = unpack2<T>(pairs[i]);
     values[2 * i] = pair.x;
     values[2 * i + 1] = pair.y;
   }
