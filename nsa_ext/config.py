@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,15 @@ class NSAConfig:
 
     def as_list(self) -> list[int]:
         """The fields in the order of the operators' ``config`` argument."""
-        return list(astuple(self))
+        return [
+            self.block_size,
+            self.block_stride,
+            self.select_size,
+            self.num_selected,
+            self.num_init,
+            self.num_local,
+            self.window,
+        ]
 
     def num_compressed(self, seqlen: int) -> int:
         """Tc: compressed tokens of a sequence of ``seqlen`` keys."""

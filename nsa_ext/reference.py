@@ -183,7 +183,9 @@ def attention(
     """
 
     def attend(rows: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        p, total, lse = _softmax(q[:, rows], k, visible(rows), softmax_scale)
+        mask, keys = _crop(visible(rows))
+        k, v = k[:, keys], v[:, keys]
+        p, total, lse = _softmax(q[:, rows], k, mask, softmax_scale)
         out = torch.einsum("bihgj,bjhd->bihgd", _round(p, v.dtype), v.to(p.dtype)) / total
         return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3).transpose(1, 2)
 
@@ -196,6 +198,13 @@ def attention(
         out.append(chunk_out)
         lse.append(chunk_lse)
     return torch.cat(out, dim=1), torch.cat(lse, dim=2)
+
+
+def _crop(mask: Tensor) -> tuple[Tensor, slice]:
+    """The mask without the keys on both sides that no query sees, and the range that is left."""
+    seen = mask.flatten(0, 2).any(dim=0).nonzero()
+    keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+    return mask[..., keys], keys
 
 
 def _softmax(
