@@ -40,7 +40,7 @@ def make_inputs(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v and gates (sigmoids of normals); rho > 0 makes the queries of a head an AR(1) walk."""
+    """q, k, v and gates (sigmoids of normals); rho > 0: the queries of a head are an AR(1) walk."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
