@@ -60,11 +60,14 @@ def parse_arguments() -> argparse.Namespace:
     for field in fields(ModelConfig):
         if field.type is int:
             flag = "--" + field.name.replace("_", "-")
-            sizes.add_argument(flag, type=int, default=field.default, help="default: %(default)s")
+            text = field.metadata["help"] + "; default: %(default)s"
+            sizes.add_argument(flag, type=int, default=field.default, help=text)
     args = parser.parse_args()
     for name in ("steps", "seq_len", "batch_size", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
@@ -105,9 +108,13 @@ class Trainer:
         if not self.checkpoint_path.exists():
             raise SystemExit(f"--resume: there is no checkpoint {self.checkpoint_path}")
         state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
-        for key, ours in (("config", self.header["model"]), ("text", self.header["text"])):
-            if state[key] != ours:
-                raise SystemExit(f"--resume: the checkpoint's {key} is {state[key]}, not {ours}")
+        for key, ours in self.header["model"].items():
+            if state["config"][key] != ours:
+                raise SystemExit(
+                    f"--resume: the checkpoint has {key} {state['config'][key]}, not {ours}"
+                )
+        if state["text"] != self.header["text"]:
+            raise SystemExit("--resume: the checkpoint was trained on another text")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
@@ -196,10 +203,10 @@ def main() -> None:
     args = parse_arguments()
     try:
         corpus = load_corpus(args.data, args.seq_len)
-    except DataError as error:
+        trainer = Trainer(args, corpus)
+    except (DataError, ValueError) as error:
         raise SystemExit(f"train_lm.py: {error}") from None
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args, corpus)
     if args.resume:
         trainer.resume()
     parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -1,6 +1,6 @@
 """A small pre-norm transformer over bytes whose attention is NSA or dense causal attention."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,25 @@ VOCABULARY = 256
 ROPE_THETA = 10000.0
 
 
+def size(default: int, meaning: str) -> int:
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; the field comments are the help texts of the command line."""
+    """Kind and sizes of the model. The integers are options of the command line too."""
 
     attention: str = "nsa"
-    layers: int = 4
-    dim: int = 192
-    heads: int = 4
-    kv_heads: int = 1
-    head_dim: int = 64
-    block_size: int = 32
-    block_stride: int = 16
-    select_size: int = 32
-    num_selected: int = 6
-    window: int = 64
+    layers: int = size(4, "transformer layers")
+    dim: int = size(192, "width of the residual stream")
+    heads: int = size(4, "query heads")
+    kv_heads: int = size(1, "key-value heads")
+    head_dim: int = size(64, "width of a head")
+    block_size: int = size(32, "NSA: l, bytes that a compressed token covers")
+    block_stride: int = size(16, "NSA: d, bytes between compressed tokens")
+    select_size: int = size(32, "NSA: l', bytes of a selection block")
+    num_selected: int = size(6, "NSA: n, blocks that a byte attends to")
+    window: int = size(64, "NSA: w, bytes of the sliding window")
 
     def nsa(self) -> nsa_ext.NSAConfig:
         return nsa_ext.NSAConfig(
@@ -36,9 +40,6 @@ class ModelConfig:
             num_selected=self.num_selected,
             window=self.window,
         )
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 class DenseAttention(nn.Module):
