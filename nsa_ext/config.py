@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
+
 
 @dataclass(frozen=True)
 class NSAConfig:
@@ -73,7 +75,7 @@ class NSAConfig:
 
     def num_compressed(self, seqlen: int) -> int:
         """Tc: compressed tokens of a sequence of ``seqlen`` keys."""
-        return max(0, (seqlen - self.block_size) // self.block_stride + 1)
+        return torch.sym_max(0, (seqlen - self.block_size) // self.block_stride + 1)
 
     def num_select_blocks(self, seqlen: int) -> int:
         """Selection blocks of a sequence of ``seqlen`` keys, the last one possibly incomplete."""
