@@ -1,0 +1,23 @@
+// Standard and shared headers come first: see target_avx512.h.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/compress_kernels.h"
+#include "cpu/compress_plan.h"
+#include "cpu/isa.h"
+#include "cpu/schedule.h"
+
+// clang-format off
+#include "cpu/target_baseline.h"
+#include "cpu/compress_target.h"
+// clang-format on
+
+namespace nsa::cpu {
+
+const CompressKernels& compress_kernels_baseline() { return baseline::kCompressKernels; }
+
+}  // namespace nsa::cpu
+
+#include "cpu/target_end.h"
