@@ -1,0 +1,120 @@
+// phi of kinds `mlp` and `linear`, forward: out = W2 gelu(W1 vec(x + pos) + b1) + b2.
+
+#include "cuda/compress/mlp.cuh"
+#include "nsa/api.h"
+
+namespace nsa::cuda {
+namespace compress {
+namespace {
+
+/// A = gelu(pre), B = W2, both with k = hidden contiguous.
+template <class T, int kBlockN>
+struct OutProblem {
+  const T* hidden;  // of this head, at the first row of the tile
+  const T* w2;      // of this weight head, at the first row of the tile
+  int64_t rows, hidden_stride, w2_rows, w2_stride;
+  bool w2_aligned;
+  int64_t column = 0;
+
+  __device__ __forceinline__ void load(uint32_t smem_a, uint32_t smem_b) {
+    load_operand<OperandTile<Major::kK, kBlockM>, T>(
+        smem_a, hidden_stride - column, true, [&](int row) -> const T* {
+          return row < rows ? hidden + row * hidden_stride + column : nullptr;
+        });
+    load_operand<OperandTile<Major::kK, kBlockN>, T>(
+        smem_b, w2_stride - column, w2_aligned, [&](int row) -> const T* {
+          return row < w2_rows ? w2 + row * w2_stride + column : nullptr;
+        });
+    column += kBlockK;
+  }
+};
+
+template <class T, int kBlockN>
+__global__ void __launch_bounds__(kGemmThreads, 2)
+    mlp_out_kernel(MlpSizes sizes, const T* hidden, InView x, const T* w2, const T* b2, OutView out,
+                   bool w2_aligned, bool out_aligned) {
+  __shared__ TokenTile tokens;
+  const TileIndex tile(sizes.heads, ceil_div<int64_t>(sizes.dim_out, kBlockN));
+  const int64_t hw = sizes.weight_head(tile.head);
+  const int64_t first_row = tile.m * kBlockM, first_column = tile.n * kBlockN;
+  tokens.fill(sizes.seqs, first_row, x, out);
+  OutProblem<T, kBlockN> problem{
+      hidden + (tile.head * sizes.seqs.rows + first_row) * sizes.padded_hidden,
+      w2 + (hw * sizes.dim_out + first_column) * sizes.hidden,
+      sizes.seqs.rows - first_row,
+      sizes.padded_hidden,
+      sizes.dim_out - first_column,
+      sizes.hidden,
+      w2_aligned};
+  T* out_head = static_cast<T*>(out.ptr) + tile.head * out.head;
+  if (b2) b2 += hw * sizes.dim_out;
+  gemm_tile<T, Major::kK, Major::kK, kBlockN>(
+      ceil_div<int64_t>(sizes.hidden, kBlockK), problem, [&](int row, int tile_column, float4 v) {
+        const int64_t column = first_column + tile_column;
+        if (tokens.out_offset[row] < 0) return;
+        float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (b2 && column + i < sizes.dim_out) values[i] += to_float(b2[column + i]);
+        v = make_float4(values[0], values[1], values[2], values[3]);
+        if (tokens.x_offset[row] < 0) v = {};
+        store4<T>(out_head + tokens.out_offset[row], column, sizes.dim_out, out_aligned, v);
+      });
+}
+
+struct MlpFwdWorkspace {
+  float* bias;   // (Hw, padded_hidden)
+  void* hidden;  // (heads, rows, padded_hidden) of the inputs' dtype; none when linear
+  int64_t bytes;
+};
+MlpFwdWorkspace layout(const CompressMlpFwd& p, const MlpSizes& sizes, void* base) {
+  WorkspaceCursor cursor(base);
+  MlpFwdWorkspace w{};
+  w.bias = cursor.take<float>(sizes.weight_heads * sizes.padded_hidden);
+  if (p.w2) w.hidden = cursor.take<uint16_t>(sizes.heads * sizes.seqs.rows * sizes.padded_hidden);
+  w.bytes = cursor.bytes();
+  return w;
+}
+
+}  // namespace
+}  // namespace compress
+
+int64_t compress_mlp_fwd_workspace(const CompressMlpFwd& params) {
+  return compress::layout(params, compress::mlp_sizes(params), nullptr).bytes;
+}
+
+void compress_mlp_fwd(const CompressMlpFwd& params, void* workspace, Stream cuda_stream) {
+  using namespace compress;
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
+  const MlpSizes sizes = mlp_sizes(params);
+  if (sizes.seqs.rows == 0 || sizes.heads == 0 || sizes.dim_out == 0) return;
+  const MlpFwdWorkspace w = layout(params, sizes, workspace);
+  const bool out_aligned = rows_aligned16(params.out);
+  const HiddenArgs hidden{sizes,
+                          params.x,
+                          params.w1,
+                          w.bias,
+                          w.hidden,
+                          params.out,
+                          rows_aligned16(params.x),
+                          is_aligned16(params.w1),
+                          out_aligned};
+  dispatch_dtype(params.shape.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    mlp_bias<T>(sizes, params.w1, params.b1, params.pos, w.bias, stream);
+    if (!params.w2) return mlp_hidden<T, HiddenResult::kOut>(hidden, stream);
+    mlp_hidden<T, HiddenResult::kGelu>(hidden, stream);
+    dispatch_block_n(sizes.dim_out, [&](auto block_n) {
+      constexpr int kBlockN = block_n.value;
+      launch_gemm("mlp_out_kernel", mlp_out_kernel<T, kBlockN>,
+                  ceil_div<int64_t>(sizes.seqs.rows, kBlockM) * sizes.heads *
+                      ceil_div<int64_t>(sizes.dim_out, kBlockN),
+                  gemm_shared_bytes<Major::kK, Major::kK, kBlockN>(), stream, sizes,
+                  static_cast<const T*>(w.hidden), params.x, static_cast<const T*>(params.w2),
+                  static_cast<const T*>(params.b2), params.out,
+                  is_aligned16(params.w2) && sizes.hidden % 8 == 0, out_aligned);
+    });
+  });
+}
+
+}  // namespace nsa::cuda
