@@ -2,9 +2,10 @@
 // shares with it. Include a target_*.h first.
 //
 // The first layer is a product with the overlapping blocks of x: row c of its left operand is
-// x[c*d .. c*d + l) flattened. A tile of 64 blocks is gathered and converted a few positions of the
-// block at a time, so the (Tc, l*D) matrix never exists. pos is a constant row added to every
-// block: w1 vec(x + pos) + b1 = w1 vec(x) + (w1 vec(pos) + b1).
+// x[c*d .. c*d + l) flattened, l/d segments of d keys. The keys of a tile of 64 blocks are
+// converted once, each segment a row of a buffer; the product is the sum over q of that buffer from
+// row q on, times the q-th part of w1. So the (Tc, l*D) matrix never exists. pos is a constant row
+// added to every block: w1 vec(x + pos) + b1 = w1 vec(x) + (w1 vec(pos) + b1).
 #pragma once
 
 #include <algorithm>
@@ -23,8 +24,9 @@ template <class T>
 struct MlpExtents {
   int64_t depth, hidden, dim_out, dim;
   int64_t hidden_pitch, out_pitch, dim_pitch;
-  int64_t positions;     // of a block, gathered at once
-  int64_t gather_pitch;  // not a multiple of 4 KiB, where rows would share cache sets
+  int64_t segment;        // d * D
+  int64_t segment_pitch;  // not a multiple of 4 KiB, where rows would share cache sets
+  int64_t segments;       // of a tile of tokens
 
   MlpExtents(const CompressShape& shape, int64_t hidden, int64_t dim_out)
       : depth(shape.block_size * shape.dim),
@@ -34,8 +36,9 @@ struct MlpExtents {
         hidden_pitch(padded(round_up_lanes<T>(hidden))),
         out_pitch(padded(round_up_lanes<T>(dim_out))),
         dim_pitch(padded(round_up_lanes<T>(shape.dim))),
-        positions(std::clamp<int64_t>(2 * kDepthBlock / shape.dim, 1, shape.block_size)),
-        gather_pitch(padded(positions * shape.dim) + 16) {}
+        segment(shape.block_stride * shape.dim),
+        segment_pitch(padded(segment) + 16),
+        segments(CompressTile::kRows + shape.block_size / shape.block_stride - 1) {}
 };
 
 /// The first layer in the compute type.
@@ -82,34 +85,25 @@ struct FirstLayer {
   }
 };
 
-/// Scratch of first_layer_tile.
-template <class T>
-int64_t gather_size(const MlpExtents<T>& e) {
-  return CompressTile::kRows * e.gather_pitch;
-}
-
 /// The first layer's output for a tile of tokens of one head: rows of result, hidden_pitch wide.
+/// `keys` is scratch for the tile's segments.
 template <class T>
 void first_layer_tile(const CompressShape& shape, const MlpExtents<T>& e, const InView& x,
                       const FirstLayer<T>& layer, const CompressSequence& sequence,
-                      const CompressTile& tile, int64_t head, T* gather, T* result) {
+                      const CompressTile& tile, int64_t head, T* keys, T* result) {
   const int64_t hw = shape.weight_heads == 1 ? 0 : head;
   const T* weight = layer.weight.template as<T>() + hw * packed_size<T>(e.depth, e.hidden);
   const T* bias = layer.bias.template as<T>() + hw * e.hidden_pitch;
   for (int64_t i = 0; i < tile.count; ++i)
     std::copy(bias, bias + e.hidden_pitch, result + i * e.hidden_pitch);
-  for (int64_t r0 = 0; r0 < shape.block_size; r0 += e.positions) {
-    const int64_t positions = std::min(e.positions, shape.block_size - r0);
-    for (int64_t i = 0; i < tile.count; ++i) {
-      const int64_t first = (tile.begin + i) * shape.block_stride + r0;
-      for (int64_t r = 0; r < positions; ++r)
-        load_row(shape.dtype, x.ptr, key_offset(x, sequence, first + r, head), e.dim, T(1),
-                 gather + i * e.gather_pitch + r * e.dim);
-    }
-    multiply_add(tile.count, positions * e.dim, gather, e.gather_pitch, 1,
-                 weight + r0 * e.dim * kPanel<T>, e.depth * kPanel<T>, e.hidden, result,
+  const int64_t d = shape.block_stride;
+  for (int64_t i = 0; i < (tile.count - 1) * d + shape.block_size; ++i)
+    load_row(shape.dtype, x.ptr, key_offset(x, sequence, tile.begin * d + i, head), e.dim, T(1),
+             keys + i / d * e.segment_pitch + i % d * e.dim);
+  for (int64_t q = 0; q < shape.block_size / d; ++q)
+    multiply_add(tile.count, e.segment, keys + q * e.segment_pitch, e.segment_pitch, 1,
+                 weight + q * e.segment * kPanel<T>, e.depth * kPanel<T>, e.hidden, result,
                  e.hidden_pitch);
-  }
 }
 
 template <class T>
@@ -141,17 +135,17 @@ void mlp_fwd(const CompressMlpFwd& params, const Executor& executor) {
   }
 
   const int64_t rows = CompressTile::kRows;
-  const int64_t scratch_size = gather_size(e) + rows * (e.hidden_pitch + e.out_pitch);
+  const int64_t scratch_size = e.segments * e.segment_pitch + rows * (e.hidden_pitch + e.out_pitch);
   const int64_t items = static_cast<int64_t>(plan.token_tiles.size()) * shape.heads;
   for_each_item(executor, items, scratch_size * sizeof(T), [&](int64_t item, char* scratch) {
     const CompressTile& tile = plan.token_tiles[item / shape.heads];
     const CompressSequence& sequence = plan.sequences[tile.sequence];
     const int64_t head = item % shape.heads, hw = shape.weight_heads == 1 ? 0 : head;
-    T* gather = reinterpret_cast<T*>(scratch);
-    T* hidden = gather + gather_size(e);
+    T* keys = reinterpret_cast<T*>(scratch);
+    T* hidden = keys + e.segments * e.segment_pitch;
     T* result = hidden;
     int64_t pitch = e.hidden_pitch;
-    first_layer_tile(shape, e, params.x, first, sequence, tile, head, gather, hidden);
+    first_layer_tile(shape, e, params.x, first, sequence, tile, head, keys, hidden);
     if (params.w2) {
       gelu_row(tile.count * e.hidden_pitch, hidden);
       result = hidden + rows * e.hidden_pitch;

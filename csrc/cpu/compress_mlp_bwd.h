@@ -81,21 +81,22 @@ class MlpBwd {
                w2.as<T>() + hw * w2_size);
     });
     const int64_t rows = CompressTile::kRows;
-    const int64_t scratch_size = gather_size(e_) + rows * (e_.hidden_pitch + e_.out_pitch);
+    const int64_t scratch_size =
+        e_.segments * e_.segment_pitch + rows * (e_.hidden_pitch + e_.out_pitch);
     for_each_item(executor_, tiles_ * shape_.heads, scratch_size * sizeof(T),
                   [&](int64_t item, char* scratch) {
                     const CompressTile& tile = plan_.token_tiles[item / shape_.heads];
                     const CompressSequence& sequence = plan_.sequences[tile.sequence];
                     const int64_t head = item % shape_.heads;
-                    T* gather = reinterpret_cast<T*>(scratch);
-                    T* pre = gather + gather_size(e_);
+                    T* keys = reinterpret_cast<T*>(scratch);
+                    T* pre = keys + e_.segments * e_.segment_pitch;
                     T* dout = pre + rows * e_.hidden_pitch;
                     const int64_t row = token_row(head, sequence.slot + tile.begin);
                     const int64_t size = tile.count * e_.hidden_pitch;
                     T* dpre = dpre_.as<T>() + row;
                     T* sums = sums_.as<T>() + item * sum_pitch_;
 
-                    first_layer_tile(shape_, e_, p_.x, first, sequence, tile, head, gather, pre);
+                    first_layer_tile(shape_, e_, p_.x, first, sequence, tile, head, keys, pre);
                     load_dout(sequence, tile, head, dout, e_.out_pitch);
                     std::fill(dpre, dpre + size, T(0));
                     multiply_add(tile.count, e_.dim_out, dout, e_.out_pitch, 1,
