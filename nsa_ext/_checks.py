@@ -157,12 +157,26 @@ def check_block_indices(block_indices: Tensor, q: Tensor, k: Tensor, packed: boo
         )
 
 
-def check_compress_input(k: Tensor, v: Tensor, packed: bool) -> None:
+def check_compress_input(
+    k: Tensor,
+    v: Tensor,
+    packed: bool,
+    heads: int | None = None,
+    dim_k: int | None = None,
+    dim_v: int | None = None,
+) -> None:
     """Raw k (B, Sk, Hkv, Dk) and v (B, Sk, Hkv, Dv) of a compressor, or packed."""
     rows = _rows(packed, "k")
-    check_tensor("k", k, (*rows, "Hkv", "Dk"), (None,) * (len(rows) + 2))
+    check_tensor("k", k, (*rows, "Hkv", "Dk"), (*((None,) * len(rows)), heads, dim_k))
     check_floating("k", k)
-    check_v("v", v, k, (*rows, "Hkv", "Dv"), None)
+    check_v("v", v, k, (*rows, "Hkv", "Dv"), dim_v)
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an int of at least {least}, got {value}")
 
 
 def check_softmax_scale(softmax_scale: float | None, q: Tensor) -> float:
@@ -198,9 +212,9 @@ def check_seqlens(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: expected cu_seqlens_q and cu_seqlens_k together, got None")
-    max_seqlen_q = check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, q, q.shape[0])
+    max_seqlen_q = check_cu_seqlens("_q", cu_seqlens_q, max_seqlen_q, q, q.shape[0])
     max_seqlen_k = check_cu_seqlens(
-        "k", cu_seqlens_k, max_seqlen_k, q, rows_k, compressed_stride=compressed_stride
+        "_k", cu_seqlens_k, max_seqlen_k, q, rows_k, compressed_stride=compressed_stride
     )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -211,23 +225,20 @@ def check_seqlens(
 
 
 def check_cu_seqlens(
-    letter: str,
+    suffix: str,
     cu_seqlens: Tensor,
     max_seqlen: int | None,
     like: Tensor,
     rows: int,
     compressed_stride: int = 0,
 ) -> int:
-    """cu_seqlens_<letter> is (B + 1,) int32 and partitions the packed rows. Returns max_seqlen."""
-    name, max_name = f"cu_seqlens_{letter}", f"max_seqlen_{letter}"
+    """cu_seqlens<suffix> is (B + 1,) int32 and partitions the packed rows. Returns max_seqlen."""
+    name, max_name = f"cu_seqlens{suffix}", f"max_seqlen{suffix}"
     check_tensor(name, cu_seqlens, ("B + 1",), (None,), like=like, dtype=torch.int32)
     if cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name}: expected shape (B + 1,) with B >= 0, got (0,)")
     if max_seqlen is not None:
-        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-            raise TypeError(f"{max_name}: expected an int, got {type(max_seqlen).__name__}")
-        if max_seqlen < 0:
-            raise ValueError(f"{max_name}: expected an int of at least 0, got {max_seqlen}")
+        check_at_least(max_name, max_seqlen, 0)
     elif like.device.type == "cuda":
         raise ValueError(
             f"{max_name}: expected an int where {name} is on a CUDA device (reading it from there "

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import _ops  # noqa: F401  (registers the operators)
 from ._checks import (
+    check_at_least,
     check_block_indices,
     check_compress_input,
     check_config,
@@ -173,7 +174,7 @@ def compress_kv(
         )
     check_compress_input(k, v, cu_seqlens_k is not None)
     if cu_seqlens_k is not None:
-        max_seqlen_k = check_cu_seqlens("k", cu_seqlens_k, max_seqlen_k, k, k.shape[0])
+        max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, k.shape[0])
     return _check_pair(compress(k, v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k))
 
 
@@ -415,8 +416,5 @@ def _check_seqlen_k(seqlen_k: int | None, q: Tensor, packed: bool) -> int:
         return 0
     if seqlen_k is None:
         return q.shape[1]
-    if isinstance(seqlen_k, bool) or not isinstance(seqlen_k, (int, torch.SymInt)):
-        raise TypeError(f"seqlen_k: expected an int, got {type(seqlen_k).__name__}")
-    if seqlen_k < 0:
-        raise ValueError(f"seqlen_k: expected an int of at least 0, got {seqlen_k}")
+    check_at_least("seqlen_k", seqlen_k, 0)
     return seqlen_k
