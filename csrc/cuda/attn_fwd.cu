@@ -1,0 +1,120 @@
+// Attention forward: what the GPU takes, and which backend runs it.
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <type_traits>
+
+#include "cuda/common.h"
+#include "cuda/instances/attn_instances.h"
+#include "cuda/sm80/fwd.h"
+#include "nsa/api.h"
+#include "nsa/geometry.h"
+
+namespace nsa::cuda {
+
+namespace {
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+void check_dims(const AttnShape& shape, std::vector<std::string>& reasons) {
+  std::string list;
+  bool found = false, bf16 = true;
+#define NSA_MATCH(T, kDk, kDv)                                  \
+  bf16 = std::is_same_v<T, __nv_bfloat16>;                      \
+  found = found || (shape.dim_qk == kDk && shape.dim_v == kDv); \
+  if (bf16) list += (list.empty() ? "(" : ", (") + text(kDk) + ", " + text(kDv) + ")";
+  NSA_ATTN_INSTANCES(NSA_MATCH)
+#undef NSA_MATCH
+  if (!found)
+    reasons.push_back("(Dk, Dv) must be one of " + list + " on CUDA, got (" + text(shape.dim_qk) +
+                      ", " + text(shape.dim_v) + ")");
+}
+
+/// Rows are read and written 16 bytes at a time.
+template <class View>
+void check_alignment(const View& view, const char* name) {
+  if (view.ptr == nullptr) return;
+  if (reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 && view.batch % 8 == 0 && view.seq % 8 == 0 &&
+      view.head % 8 == 0)
+    return;
+  throw std::invalid_argument(std::string(name) +
+                              " must be 16-byte aligned on CUDA: its address a multiple of 16 "
+                              "bytes, its strides of 8 elements");
+}
+
+void check_call(const AttnFwd& call) {
+  int device, major, minor;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  std::string message;
+  for (const std::string& reason : supports(call.shape, call.config, major, minor))
+    message += (message.empty() ? "" : "; ") + reason;
+  if (!message.empty()) throw std::invalid_argument(message);
+
+  const double scale = call.shape.softmax_scale;
+  if (!(scale > 0) || !std::isfinite(scale))
+    throw std::invalid_argument("softmax_scale must be positive and finite on CUDA");
+  if (call.shape.seqlen_q > INT32_MAX || call.shape.seqlen_k > INT32_MAX)
+    throw std::invalid_argument("sequences on CUDA are shorter than 2^31");
+  if (call.index_count > 64)
+    throw std::invalid_argument("block_indices holds at most 64 indices a row on CUDA");
+  if (call.branch[kSelected].enabled && call.block_indices.ptr == nullptr)
+    throw std::invalid_argument("the selected branch needs block_indices");
+
+  check_alignment(call.q, "q");
+  check_alignment(call.out, "out");
+  static constexpr const char* kNames[kNumBranches][3] = {{"k_cmp", "v_cmp", "out of k_cmp"},
+                                                          {"k_slc", "v_slc", "out of k_slc"},
+                                                          {"k_win", "v_win", "out of k_win"}};
+  for (int c = 0; c < kNumBranches; ++c) {
+    if (!call.branch[c].enabled) continue;
+    check_alignment(call.branch[c].k, kNames[c][0]);
+    check_alignment(call.branch[c].v, kNames[c][1]);
+    check_alignment(call.branch[c].out, kNames[c][2]);
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& config, int major,
+                                  int minor) {
+  std::vector<std::string> reasons;
+  if (major < 8)
+    reasons.push_back("the CUDA kernels need compute capability 8.0, got " + text(major) + "." +
+                      text(minor));
+  if (shape.dtype != DType::kBFloat16 && shape.dtype != DType::kFloat16)
+    reasons.push_back("the CUDA kernels take bfloat16 and float16");
+  check_dims(shape, reasons);
+  if (shape.heads_kv < 1 || shape.heads_q % std::max<int64_t>(shape.heads_kv, 1) != 0) {
+    reasons.push_back("Hkv must divide Hq, got " + text(shape.heads_q) + " and " +
+                      text(shape.heads_kv));
+  } else if (shape.heads_q / shape.heads_kv > 64 || shape.heads_q < shape.heads_kv) {
+    reasons.push_back("G = Hq / Hkv must be 1 to 64 on CUDA, got " +
+                      text(shape.heads_q / shape.heads_kv));
+  }
+  if (const char* error = config_error(config)) reasons.push_back(error);
+  if (config.select_size != 32 && config.select_size != 64 && config.select_size != 128)
+    reasons.push_back("select_size must be 32, 64 or 128 on CUDA, got " + text(config.select_size));
+  if (config.block_stride % 16 != 0)
+    reasons.push_back("block_stride must be a multiple of 16 on CUDA, got " +
+                      text(config.block_stride));
+  if (config.num_selected > 64)
+    reasons.push_back("num_selected must be at most 64 on CUDA, got " + text(config.num_selected));
+  return reasons;
+}
+
+int64_t attn_fwd_workspace(const AttnFwd&, Backend) { return 0; }
+
+void attn_fwd(const AttnFwd& call, void*, Stream stream, Backend backend) {
+  check_call(call);
+  switch (backend) {
+    case Backend::kAuto:
+    case Backend::kSm80:
+      return sm80::attn_fwd(call, static_cast<cudaStream_t>(stream));
+    case Backend::kSm90:
+      throw std::invalid_argument("this build has no Hopper forward");
+  }
+}
+
+}  // namespace nsa::cuda

@@ -1,0 +1,18 @@
+// The portable attention forward: sm_80 and later.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/sm80/fwd_params.h"
+#include "nsa/params.h"
+
+namespace nsa::cuda::sm80 {
+
+/// All enabled branches of a call whose shape the instances cover, one kernel each.
+void attn_fwd(const AttnFwd& call, cudaStream_t stream);
+
+/// One branch. Fills in what depends on the tile shapes: tile_tokens, tiles, stages, sort_size.
+template <class T, int kDk, int kDv>
+void launch_fwd(FwdParams params, cudaStream_t stream);
+
+}  // namespace nsa::cuda::sm80

@@ -1,0 +1,396 @@
+// The forward main loop of every branch: softmax(scale q k^T) v over the tiles of a BlockSource,
+// and with kSelect the importance of the selection blocks and the choice of the best.
+//
+// A block of threads owns 16 * kGroups * kWarps rows (tokens x heads of one kv head), a warp
+// 16 * kGroups of them from the scores to the output. Without kSelect the softmax is online. With
+// it a first pass over the keys finds the lse, and the second computes exp(s - lse), which serves
+// both P V and the importance.
+#pragma once
+
+#include <utility>
+
+#include "cuda/device/ring.cuh"
+#include "cuda/device/softmax.cuh"
+#include "cuda/sm80/fwd_mma.cuh"
+#include "cuda/sm80/fwd_selection.cuh"
+#include "cuda/sm80/fwd_source.cuh"
+
+namespace nsa::cuda::sm80 {
+
+template <class T_, int kDk_, int kDv_, int kGroups_, int kWarps_, int kBlocksPerSm_,
+          template <int> class Source_, bool kSelect_>
+struct FwdTraits {
+  using T = T_;
+  using Source = Source_<kGroups_>;
+  static constexpr int kDk = kDk_, kDv = kDv_, kGroups = kGroups_, kWarps = kWarps_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr bool kSelect = kSelect_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kGroups, kRows = kWarpRows * kWarps;
+  static constexpr int kTileBytesK = kTileKeys * kDk * 2, kTileBytesV = kTileKeys * kDv * 2;
+  static constexpr int kQueryBytes = kRows * kDk * 2;
+  static_assert(kDv <= kDk, "the output is staged in the shared memory of Q");
+};
+
+/// Offsets into dynamic shared memory: Q, the rings of K and V, their barriers and one for Q, then
+/// what the source and the selection keep.
+template <class Traits>
+struct FwdSmem {
+  int k, v, barriers_k, barriers_v, barrier_q, extra;
+  __host__ __device__ __forceinline__ explicit FwdSmem(const FwdParams& p) {
+    k = Traits::kQueryBytes;
+    v = k + p.stages_k * Traits::kTileBytesK;
+    barriers_k = v + p.stages_v * Traits::kTileBytesV;
+    barriers_v = barriers_k + p.stages_k * kRingBarrierBytes;
+    barrier_q = barriers_v + p.stages_v * kRingBarrierBytes;
+    extra = barrier_q + 16;
+  }
+  static int64_t bytes(const FwdParams& p) {
+    int64_t bytes = FwdSmem(p).extra + Traits::Source::smem_bytes(p);
+    if (Traits::kSelect) bytes += Selection<Traits::kGroups, Traits::kWarps>::smem_bytes(p);
+    return bytes;
+  }
+};
+
+template <class Traits>
+class FwdBlock {
+  using T = typename Traits::T;
+  using Source = typename Traits::Source;
+  static constexpr int kDk = Traits::kDk, kDv = Traits::kDv, kGroups = Traits::kGroups;
+  static constexpr int kThreads = Traits::kThreads;
+  // 16 rows a warp leave room for Q in registers; 32 rows next to the output's 128 do not.
+  static constexpr bool kQueryInRegisters = kGroups == 1;
+  static constexpr bool kQueryInRegistersForLse = kGroups * kDk <= 256;
+
+ public:
+  __device__ __forceinline__ static void run(const FwdParams& p, const Job& job, char* smem) {
+    const FwdSmem<Traits> layout(p);
+    const uint32_t base = smem_addr(smem);
+    TileRing ring_k(base + layout.k, Traits::kTileBytesK, base + layout.barriers_k, p.stages_k);
+    TileRing ring_v(base + layout.v, Traits::kTileBytesV, base + layout.barriers_v, p.stages_v);
+    if (threadIdx.x == 0) {
+      ring_k.init_barriers(kThreads, Traits::kWarps);
+      ring_v.init_barriers(kThreads, Traits::kWarps);
+      mbarrier_init(base + layout.barrier_q, kThreads);
+    }
+    __syncthreads();
+    load_query(p, job, base, base + layout.barrier_q);
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp_row = warp * Traits::kWarpRows;
+    const Source source(p, job, warp_row, smem + layout.extra);
+    const int tiles = source.tiles();
+    const bool has_output = p.v.ptr != nullptr;
+
+    const T* const k = static_cast<const T*>(p.k.ptr) + job.batch * p.k.batch +
+                       job.row_k * p.k.seq + job.head_kv * p.k.head;
+    const T* const v = static_cast<const T*>(p.v.ptr) + job.batch * p.v.batch +
+                       job.row_k * p.v.seq + job.head_kv * p.v.head;
+    const auto fill_k = [&](int tile) {
+      load_tile<kDk, kTileKeys, kThreads>(ring_k.begin_fill(), threadIdx.x, [&](int row) {
+        const int key = source.key(tile, row);
+        return key < 0 ? nullptr : k + key * p.k.seq;
+      });
+      ring_k.end_fill();
+    };
+    const auto fill_v = [&](int tile) {
+      load_tile<kDv, kTileKeys, kThreads>(ring_v.begin_fill(), threadIdx.x, [&](int row) {
+        const int key = source.key(tile, row);
+        return key < 0 ? nullptr : v + key * p.v.seq;
+      });
+      ring_v.end_fill();
+    };
+
+    // With kSelect the ring of K carries the tiles twice, once for each pass.
+    const int fills_k = Traits::kSelect ? 2 * tiles : tiles, fills_v = has_output ? tiles : 0;
+    const auto fill_k_at = [&](int i) {
+      if (i < fills_k) fill_k(i < tiles ? i : i - tiles);
+    };
+    for (int i = 0; i < p.ahead_k; ++i) fill_k_at(i);
+    for (int i = 0; i < p.ahead_v && i < fills_v; ++i) fill_v(i);
+
+    mbarrier_wait(base + layout.barrier_q, 0);
+    const uint32_t query_rows = base + warp_row * kDk * 2;
+    const PatchReader<kDk, Patch::kColumnsFirst> reader_k(lane);
+    const PatchReader<kDv, Patch::kRowsFirst> reader_v(lane);
+
+    OnlineRow rows[kGroups][2];
+    float negative_lse2[kGroups][2];  // kSelect only
+    if constexpr (Traits::kSelect) {
+      const QueryRows<T, kDk, kGroups, kQueryInRegistersForLse> query(query_rows, lane);
+      for (int tile = 0; tile < tiles; ++tile) {
+        const TileView view = source.view(tile);
+        if (view.active) {
+          float s[kGroups][8][4];
+          scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, view.active);
+          ring_k.release(lane);
+          mask_scores(p, source, view, warp_row, lane, s);
+          accumulate_lse(p, s, rows);
+        } else {
+          ring_k.release(lane);
+        }
+        fill_k_at(tile + p.ahead_k);
+      }
+      finish_lse(p, job, warp_row, lane, rows, negative_lse2);
+    }
+
+    Selection<kGroups, Traits::kWarps> selection(p, job, warp, smem + layout.extra);
+    if constexpr (Traits::kSelect) selection.begin(lane);
+    int observed = 0;
+
+    const QueryRows<T, kDk, kGroups, kQueryInRegisters> query(query_rows, lane);
+    float o[kGroups][kDv / 8][4];
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] = 0.0f;
+    }
+    for (int tile = 0; tile < tiles; ++tile) {
+      const TileView view = source.view(tile);
+      uint32_t packed[kGroups][kTileKeys / 16][4];
+      if (view.active) {
+        float s[kGroups][8][4];
+        scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, view.active);
+        ring_k.release(lane);
+        if (tile > 0 && tile - 1 + p.ahead_v < fills_v) fill_v(tile - 1 + p.ahead_v);
+        mask_scores(p, source, view, warp_row, lane, s);
+        if constexpr (Traits::kSelect) {
+          exponentials(p, s, negative_lse2);
+          selection.observe(tile, s, lane);
+          observed = tile + 1;
+        } else {
+          online_softmax(p, view.active, s, rows, o);
+        }
+#pragma unroll
+        for (int m = 0; m < kGroups; ++m) pack_probabilities<T>(packed[m], s[m]);
+      } else {
+        ring_k.release(lane);
+        if (tile > 0 && tile - 1 + p.ahead_v < fills_v) fill_v(tile - 1 + p.ahead_v);
+      }
+      fill_k_at((Traits::kSelect ? tiles : 0) + tile + p.ahead_k);
+      if (has_output) {
+        if (view.active)
+          accumulate<T, kDv, kGroups>(o, packed, ring_v.wait(), reader_v, view.active);
+        ring_v.release(lane);
+      }
+    }
+
+    if constexpr (Traits::kSelect) {
+      selection.finish(observed, lane);
+    } else {
+      normalise(p, job, warp_row, lane, rows, o);
+    }
+    if (has_output) store_output(p, job, warp_row, lane, query_rows, o);
+  }
+
+ private:
+  __device__ __forceinline__ static int token_of(const FwdParams& p, int row) {
+    return row >> p.log2_group;
+  }
+  __device__ __forceinline__ static int head_of(const FwdParams& p, int row) {
+    return row & ((1 << p.log2_group) - 1);
+  }
+  __device__ __forceinline__ static bool row_exists(const FwdParams& p, const Job& job, int row) {
+    return token_of(p, row) < job.tokens && head_of(p, row) < p.group;
+  }
+
+  __device__ __forceinline__ static void load_query(const FwdParams& p, const Job& job,
+                                                    uint32_t tile, uint32_t barrier) {
+    load_tile<kDk, Traits::kRows, kThreads>(tile, threadIdx.x, [&](int row) {
+      return row_exists(p, job, row)
+                 ? query_row<const T>(p.q, p, job, token_of(p, row), head_of(p, row))
+                 : nullptr;
+    });
+    mbarrier_arrive_cp_async(barrier);
+  }
+
+  /// -inf where a row does not see a key.
+  __device__ __forceinline__ static void mask_scores(const FwdParams& p, const Source& source,
+                                                     const TileView& view, int warp_row, int lane,
+                                                     float (&s)[kGroups][8][4]) {
+    if (!view.masked) return;
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int token = token_of(p, warp_row + m * 16 + half * 8 + (lane >> 2));
+#pragma unroll
+        for (int segment = 0; segment < 2; ++segment) {
+          int lo, hi;
+          source.bounds(view, segment, token, lo, hi);
+          const int first = view.base[segment] + (lane & 3) * 2;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int key = first + (i / 2) * 8 + i % 2;
+            float& score = s[m][segment * 4 + i / 2][half * 2 + i % 2];
+            if (key < lo || key >= hi) score = negative_infinity();
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static float lane_max(const float (&s)[8][4], int half) {
+    float value = s[0][half * 2];
+#pragma unroll
+    for (int i = 1; i < 16; ++i) value = fmaxf(value, s[i / 2][half * 2 + i % 2]);
+    return value;
+  }
+
+  /// First pass: every lane keeps the maximum and sum of its own columns; quads merge at the end.
+  __device__ __forceinline__ static void accumulate_lse(const FwdParams& p,
+                                                        const float (&s)[kGroups][8][4],
+                                                        OnlineRow (&rows)[kGroups][2]) {
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float reference, sum = 0.0f;
+        rows[m][half].raise(lane_max(s[m], half), p.scale_log2, reference);
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+          sum += exp2_approx(fmaf(s[m][i / 2][half * 2 + i % 2], p.scale_log2, -reference));
+        rows[m][half].sum += sum;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void finish_lse(const FwdParams& p, const Job& job,
+                                                    int warp_row, int lane,
+                                                    OnlineRow (&rows)[kGroups][2],
+                                                    float (&negative_lse2)[kGroups][2]) {
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows[m][half].merge_quad(p.scale_log2);
+        const float lse2 = rows[m][half].lse2(p.scale_log2);
+        const int row = warp_row + m * 16 + half * 8 + (lane >> 2);
+        // Rows that exist only to fill the tile, and those that see nothing, weigh nothing.
+        const bool weighs = row_exists(p, job, row) && lse2 != negative_infinity();
+        negative_lse2[m][half] = weighs ? -lse2 : negative_infinity();
+        store_lse(p, job, row, lane, lse2);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void store_lse(const FwdParams& p, const Job& job, int row,
+                                                   int lane, float lse2) {
+    if (p.lse.ptr == nullptr || (lane & 3) != 0 || !row_exists(p, job, row)) return;
+    *query_row<float>(p.lse, p, job, token_of(p, row), head_of(p, row)) = lse2 * kLn2;
+  }
+
+  /// Second pass: s becomes exp(scale s - lse).
+  __device__ __forceinline__ static void exponentials(const FwdParams& p, float (&s)[kGroups][8][4],
+                                                      const float (&negative_lse2)[kGroups][2]) {
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        float& x = s[m][i / 4][i % 4];
+        x = exp2_approx(fmaf(x, p.scale_log2, negative_lse2[m][i / 2 % 2]));
+      }
+    }
+  }
+
+  /// s becomes exp(scale (s - maximum so far)); the output so far is rescaled to that maximum.
+  __device__ __forceinline__ static void online_softmax(const FwdParams& p, uint32_t groups,
+                                                        float (&s)[kGroups][8][4],
+                                                        OnlineRow (&rows)[kGroups][2],
+                                                        float (&o)[kGroups][kDv / 8][4]) {
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+      if (kGroups > 1 && !(groups >> m & 1)) continue;
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float reference, sum = 0.0f;
+        factor[half] = rows[m][half].raise(quad_max(lane_max(s[m], half)), p.scale_log2, reference);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          float& x = s[m][i / 2][half * 2 + i % 2];
+          x = exp2_approx(fmaf(x, p.scale_log2, -reference));
+          sum += x;
+        }
+        rows[m][half].sum += sum;
+      }
+      // Maxima settle after a few tiles.
+      if (__all_sync(0xffffffffu, factor[0] == 1.0f && factor[1] == 1.0f)) continue;
+#pragma unroll
+      for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] *= factor[i / 2 % 2];
+    }
+  }
+
+  __device__ __forceinline__ static void normalise(const FwdParams& p, const Job& job, int warp_row,
+                                                   int lane, OnlineRow (&rows)[kGroups][2],
+                                                   float (&o)[kGroups][kDv / 8][4]) {
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+      float inverse[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        OnlineRow& row = rows[m][half];
+        row.sum = quad_sum(row.sum);
+        inverse[half] = row.sum > 0.0f ? 1.0f / row.sum : 0.0f;
+        store_lse(p, job, warp_row + m * 16 + half * 8 + (lane >> 2), lane, row.lse2(p.scale_log2));
+      }
+#pragma unroll
+      for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] *= inverse[i / 2 % 2];
+    }
+  }
+
+  /// Writes the warp's rows: the branch's own output, and its share of the gated sum. The warp's
+  /// rows of Q have been read; they become the staging area that turns fragments into 16-byte
+  /// pieces of rows.
+  __device__ __forceinline__ static void store_output(const FwdParams& p, const Job& job,
+                                                      int warp_row, int lane, uint32_t staging,
+                                                      const float (&o)[kGroups][kDv / 8][4]) {
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int i = 0; i < kDv / 4; ++i) {
+        const int chunk = i / 2, half = i % 2;
+        const uint32_t address =
+            staging + tile_offset<kDv>(m * 16 + half * 8 + (lane >> 2), chunk) + (lane & 3) * 4;
+        store_shared(address, pack2<T>(o[m][chunk][half * 2], o[m][chunk][half * 2 + 1]));
+      }
+    }
+    __syncwarp();
+    constexpr int kChunks = kDv / 8, kRowsAtOnce = 32 / kChunks;
+    const int chunk = lane % kChunks;
+#pragma unroll 2
+    for (int i = 0; i < Traits::kWarpRows; i += kRowsAtOnce) {
+      const int row = i + lane / kChunks;
+      const int token = token_of(p, warp_row + row), head = head_of(p, warp_row + row);
+      if (!row_exists(p, job, warp_row + row)) continue;
+      const uint4 value = load_shared_16(staging + tile_offset<kDv>(row, chunk));
+      if (p.out.ptr)
+        *reinterpret_cast<uint4*>(query_row<T>(p.out, p, job, token, head) + chunk * 8) = value;
+      if (p.gates.ptr) {
+        const float gate = to_float(query_row<const T>(p.gates, p, job, token, head)[p.branch]);
+        auto* target =
+            reinterpret_cast<uint4*>(query_row<T>(p.gated_out, p, job, token, head) + chunk * 8);
+        const uint4 before = p.accumulate ? *target : make_uint4(0, 0, 0, 0);
+        *target = {add_gated(before.x, gate, value.x), add_gated(before.y, gate, value.y),
+                   add_gated(before.z, gate, value.z), add_gated(before.w, gate, value.w)};
+      }
+    }
+  }
+
+  __device__ __forceinline__ static uint32_t add_gated(uint32_t before, float gate,
+                                                       uint32_t value) {
+    const float2 a = unpack2<T>(before), b = unpack2<T>(value);
+    return pack2<T>(fmaf(gate, b.x, a.x), fmaf(gate, b.y, a.y));
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    attn_fwd_kernel(const __grid_constant__ FwdParams p) {
+  extern __shared__ __align__(128) char fwd_smem[];
+  Job job;
+  if (make_job(p, blockIdx.x, job)) FwdBlock<Traits>::run(p, job, fwd_smem);
+}
+
+}  // namespace nsa::cuda::sm80

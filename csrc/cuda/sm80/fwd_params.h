@@ -1,0 +1,35 @@
+// What a launch of the portable forward kernel gets.
+#pragma once
+
+#include "nsa/params.h"
+
+namespace nsa::cuda::sm80 {
+
+/// One branch of an attention call, over one grid: a block of threads takes `tile_tokens` whole
+/// tokens times the G heads of one kv head as the rows of its query tile: row = token *
+/// padded_group + head.
+struct FwdParams {
+  InView q, k, v;               // v.ptr null: no output, only lse or block_indices
+  OutView out, lse;             // of the branch, or null
+  InView gates;                 // (B, Sq, Hq, 3), or null
+  OutView gated_out;            // += gates[branch] * out
+  bool accumulate;              // gated_out holds the sum of earlier branches
+  View<int32_t> block_indices;  // (B, Sq, Hkv, n): written (compressed) or read (selected), or null
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  int32_t batch, seqlen_q, seqlen_k, heads_kv;
+  int32_t branch;              // enum Branch
+  int32_t group;               // G
+  int32_t log2_group;          // of padded_group, the next power of two
+  int32_t tile_tokens;         // at most the rows of the tile / padded_group
+  int32_t tiles;               // query tiles of the longest sequence
+  int32_t index_count;         // n
+  int32_t stages_k, stages_v;  // tiles in shared memory
+  int32_t ahead_k, ahead_v;    // how many tiles the copies run ahead, at most the stages
+  int32_t sort_size;           // power of two that holds the index_count * tile_tokens indices
+  int32_t select_shift;        // log2 l'
+  int32_t stride_shift;        // log2 d
+  float scale_log2;            // softmax_scale * log2(e): softmax in base two
+  BlockConfig config;
+};
+
+}  // namespace nsa::cuda::sm80

@@ -1,0 +1,279 @@
+// Importance of the selection blocks and the choice of the best (eq. 8-11), streamed: the forward
+// main loop hands over the softmax of one tile of 64 compressed tokens after the other, and nothing
+// longer than a tile is ever kept.
+//
+// The G heads of each token are summed in registers, which leaves 64 column sums per token. With
+// the last few of the tile before they give the scores of 64 / (l'/d) blocks, and those enter the
+// token's list of the best so far. All of it stays within the warp that holds the token's rows (two
+// warps for padded groups of 64).
+#pragma once
+
+#include "cuda/device/topk.cuh"
+#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/sm80/fwd_source.cuh"
+
+namespace nsa::cuda::sm80 {
+
+/// Column sums of a token: 8 of the tile before (a compressed token reaches at most l/d - 1 <= 7
+/// strides into the next block), then the 64 of this tile.
+inline constexpr int kHalo = 8;
+inline constexpr int kColumns = kHalo + kTileKeys;
+
+/// Sums v[i] over the lanes that differ in bit 2 .. kSteps + 1, halving what each lane keeps: of 16
+/// values (n8 tile i / 2, column i % 2) a lane ends with 16 >> kSteps, those of the n8 tiles from
+/// the returned one on.
+template <int kSteps>
+__device__ __forceinline__ int scatter_sum(float (&v)[16], int lane) {
+  int first = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int half = 8 >> step, bit = 4 << step;
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float send = upper ? v[i] : v[i + half];
+      const float keep = upper ? v[i + half] : v[i];
+      v[i] = keep + __shfl_xor_sync(0xffffffffu, send, bit);
+    }
+    if (upper) first += half / 2;
+  }
+  return first;
+}
+
+template <int kGroups, int kWarps>
+class Selection {
+ public:
+  static constexpr int kRows = kGroups * kWarps * 16;
+  static int64_t slots(const FwdParams& p) {
+    const int64_t tokens = p.tile_tokens;
+    return tokens > kWarps ? tokens : kWarps;
+  }
+  /// Bytes of shared memory for one token more in the query tile.
+  static int64_t token_bytes(int index_count) {
+    return kColumns * sizeof(float) + index_count * (sizeof(float) + sizeof(int));
+  }
+  static int64_t smem_bytes(const FwdParams& p) { return slots(p) * token_bytes(p.index_count); }
+
+  __device__ __forceinline__ Selection(const FwdParams& p, const Job& job, int warp, char* smem)
+      : p_(p), job_(job), warp_(warp) {
+    const int slots = max(p.tile_tokens, kWarps);
+    columns_ = reinterpret_cast<float*>(smem);
+    scores_ = columns_ + slots * kColumns;
+    indices_ = reinterpret_cast<int*>(scores_ + slots * p.index_count);
+  }
+
+  __device__ void begin(int lane) const {
+    for (int i = 0; i < tokens(); ++i) list(first_token() + i).clear(lane);
+    for (int i = 0; i < slots_per_warp(); ++i) {
+      for (int c = lane; c < kColumns; c += 32) columns_[(first_slot() + i) * kColumns + c] = 0.0f;
+    }
+    __syncwarp();
+  }
+
+  /// The softmax p of tile `tile`, for the warp's kGroups * 16 rows; tiles come in order.
+  __device__ __forceinline__ void observe(int tile, const float (&p)[kGroups][8][4], int lane) {
+    if (p_.log2_group >= 4) {
+      const bool one_token = p_.log2_group > 4;  // all rows of the warp are heads of one token
+#pragma unroll
+      for (int m = 0; m < kGroups; ++m) {
+        if (one_token && m > 0) break;
+        float v[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) v[i] = p[m][i / 2][i % 2] + p[m][i / 2][2 + i % 2];
+        if (one_token) {
+#pragma unroll
+          for (int other = 1; other < kGroups; ++other) {
+#pragma unroll
+            for (int i = 0; i < 16; ++i)
+              v[i] += p[other][i / 2][i % 2] + p[other][i / 2][2 + i % 2];
+          }
+        }
+        const int n8 = scatter_sum<3>(v, lane);
+        store_columns<3>(first_slot() + m, n8, v, lane);
+      }
+    } else {
+#pragma unroll
+      for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float v[16];
+#pragma unroll
+          for (int i = 0; i < 16; ++i) v[i] = p[m][i / 2][2 * half + i % 2];
+          const int row = (warp_ * kGroups + m) * 16 + half * 8 + (lane >> 2);
+          const int token = row >> p_.log2_group;
+          int n8;
+          switch (p_.log2_group) {
+            case 0:
+              n8 = scatter_sum<0>(v, lane);
+              store_columns<0>(token, n8, v, lane);
+              break;
+            case 1:
+              n8 = scatter_sum<1>(v, lane);
+              store_columns<1>(token, n8, v, lane);
+              break;
+            case 2:
+              n8 = scatter_sum<2>(v, lane);
+              store_columns<2>(token, n8, v, lane);
+              break;
+            default:
+              n8 = scatter_sum<3>(v, lane);
+              store_columns<3>(token, n8, v, lane);
+          }
+        }
+      }
+    }
+    score_tile(tile, lane);
+  }
+
+  /// After the last observed tile: candidates past it, then the rows of block_indices.
+  __device__ void finish(int observed_tiles, int lane) {
+    const int last = job_.position(job_.tokens - 1) >> p_.select_shift;
+    for (int tile = observed_tiles; (tile << blocks_shift()) <= last; ++tile) {
+      for (int i = 0; i < slots_per_warp(); ++i) {
+        float* columns = columns_ + (first_slot() + i) * kColumns + kHalo;
+        columns[lane] = columns[lane + 32] = 0.0f;
+      }
+      score_tile(tile, lane);
+    }
+    for (int i = 0; i < tokens(); ++i) {
+      if (first_token() + i < job_.tokens) write_indices(first_token() + i, lane);
+    }
+  }
+
+ private:
+  /// Forced blocks of a token: [0, init) and [local, own].
+  struct Forced {
+    int own, init, local;
+    __device__ __forceinline__ Forced(const FwdParams& p, int t) {
+      own = max(-1, t >> p.select_shift);
+      init = min(p.config.num_init, own + 1);
+      local = max(init, own + 1 - p.config.num_local);
+    }
+    __device__ __forceinline__ int capacity(int index_count) const {
+      return index_count - init - (own + 1 - local);
+    }
+  };
+
+  /// log2 of the compressed tokens that start in a block, and of the blocks of a tile.
+  __device__ __forceinline__ int strides_shift() const { return p_.select_shift - p_.stride_shift; }
+  __device__ __forceinline__ int blocks_shift() const { return 6 - strides_shift(); }
+  // The warp's rows belong to tokens [first_token, first_token + tokens). Column sums lie in slots:
+  // one for each token, or for each warp where a warp holds one token or half of one.
+  __device__ __forceinline__ bool shared_token() const { return p_.log2_group == 6; }
+  __device__ __forceinline__ int first_token() const {
+    return (warp_ * kGroups * 16) >> p_.log2_group;
+  }
+  __device__ __forceinline__ int tokens() const {
+    if (shared_token()) return warp_ % 2 == 0;
+    return min(max(1, (kGroups * 16) >> p_.log2_group), max(0, p_.tile_tokens - first_token()));
+  }
+  __device__ __forceinline__ int first_slot() const {
+    return shared_token() ? warp_ : first_token();
+  }
+  __device__ __forceinline__ int slots_per_warp() const { return shared_token() ? 1 : tokens(); }
+  __device__ __forceinline__ void sync_token() const {
+    if (shared_token()) {
+      named_barrier_sync(1 + warp_ / 2, 64);
+    } else {
+      __syncwarp();
+    }
+  }
+  __device__ __forceinline__ TopList list(int token) const {
+    const int n = p_.index_count;
+    const Forced forced(p_, job_.position(token));
+    return {scores_ + token * n, indices_ + token * n, forced.capacity(n)};
+  }
+
+  template <int kSteps>
+  __device__ __forceinline__ void store_columns(int slot, int n8, const float (&v)[16],
+                                                int lane) const {
+    if (!shared_token() && slot >= p_.tile_tokens) return;
+    float* columns = columns_ + slot * kColumns + kHalo + (lane & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < (8 >> kSteps); ++i)
+      *reinterpret_cast<float2*>(columns + (n8 + i) * 8) = make_float2(v[2 * i], v[2 * i + 1]);
+  }
+
+  /// Scores of the blocks whose last column lies in this tile.
+  __device__ void score_tile(int tile, int lane) const {
+    sync_token();
+    const int strides = 1 << strides_shift(), reach = p_.config.block_size >> p_.stride_shift;
+    const int items = tokens() << blocks_shift();
+    for (int base = 0; base < items; base += 32) {
+      const int item = base + lane;
+      const int token = first_token() + (item >> blocks_shift());
+      const int local_block = item & ((1 << blocks_shift()) - 1);
+      const int block = (tile << blocks_shift()) + local_block;
+      float score = 0.0f;
+      bool admitted = false;
+      if (item < items && token < job_.tokens) {
+        const Forced forced(p_, job_.position(token));
+        if (block >= forced.init && block < forced.local) {
+          const int slot = shared_token() ? warp_ : token;
+          const float* column = columns_ + slot * kColumns + kHalo + local_block * strides;
+          for (int k = 1 - reach; k < strides; ++k) {
+            float sum = column[k];
+            if (shared_token()) sum += column[kColumns + k];
+            score += sum * static_cast<float>(k < 0 ? reach + k : min(reach, strides - k));
+          }
+          admitted = list(token).admits(score);
+        }
+      }
+      uint32_t pending = __ballot_sync(0xffffffffu, admitted);
+      while (pending) {
+        const int source = __ffs(pending) - 1;
+        pending &= pending - 1;
+        const float value = __shfl_sync(0xffffffffu, score, source);
+        const int value_token = __shfl_sync(0xffffffffu, token, source);
+        const int value_block = __shfl_sync(0xffffffffu, block, source);
+        list(value_token).insert(value, value_block, lane);
+      }
+    }
+    sync_token();
+    for (int i = 0; i < slots_per_warp(); ++i) {
+      float* columns = columns_ + (first_slot() + i) * kColumns;
+      if (lane < kHalo) columns[lane] = columns[kTileKeys + lane];
+    }
+    __syncwarp();
+  }
+
+  /// The forced blocks and the list, ascending, padded with -1.
+  __device__ void write_indices(int token, int lane) const {
+    const View<int32_t>& view = p_.block_indices;
+    int32_t* row = view.ptr + job_.batch * view.batch + (job_.row_q + token) * view.seq +
+                   job_.head_kv * view.head;
+    const Forced forced(p_, job_.position(token));
+    const TopList best = list(token);
+    int chosen = 0;
+    for (int base = 0; base < best.capacity; base += 32) {
+      const int index = base + lane < best.capacity ? best.index[base + lane] : -1;
+      chosen += __popc(__ballot_sync(0xffffffffu, index >= 0));
+      if (index < 0) continue;
+      int rank = forced.init;
+      for (int i = 0; i < best.capacity; ++i) {
+        const int other = best.index[i];
+        rank += other >= 0 && other < index;
+      }
+      row[rank] = index;
+    }
+    const int local_rank = forced.init + chosen;
+    const int total = local_rank + forced.own + 1 - forced.local;
+    for (int i = lane; i < p_.index_count; i += 32) {
+      if (i < forced.init) {
+        row[i] = i;
+      } else if (i >= total) {
+        row[i] = -1;
+      } else if (i >= local_rank) {
+        row[i] = forced.local + i - local_rank;
+      }
+    }
+  }
+
+  const FwdParams& p_;
+  const Job& job_;
+  int warp_;
+  float *columns_, *scores_;
+  int* indices_;
+};
+
+}  // namespace nsa::cuda::sm80
