@@ -59,15 +59,28 @@ def extension():
     if mode == "1" and home is None:
         sys.exit("NSA_EXT_CUDA=1 but no nvcc was found: put it on PATH or set CUDA_HOME")
 
-    common = ["-O3", "-std=c++17", f'-DNSA_EXT_VERSION="{VERSION}"', "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    cxx = [*common, "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    common = [
+        "-O3",
+        "-std=c++17",
+        f'-DNSA_EXT_VERSION="{VERSION}"',
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    ]
+    cxx = [
+        *common,
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+    ]
     sources = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/torch/*.cpp")]
     kwargs = {}
     if home is None:
         print("nsa_ext: CPU kernels only" + (" (no nvcc found)" if mode == "auto" else ""))
     else:
         print(f"nsa_ext: CUDA kernels with {home / 'bin' / 'nvcc'}")
-        cpp_extension.CUDA_HOME = str(home)  # None on a CPU-only torch, a wrapper's folder elsewhere
+        cpp_extension.CUDA_HOME = str(
+            home
+        )  # None on a CPU-only torch, a wrapper's folder elsewhere
         common.append("-DNSA_EXT_WITH_CUDA")
         cxx += ["-DNSA_EXT_WITH_CUDA", f'-DNSA_EXT_CUDA_ARCHS="{archs()}"']
         sources += ROOT.glob("csrc/cuda/**/*.cu")
@@ -77,6 +90,8 @@ def extension():
             "libraries": ["cudart_static", "rt", "pthread", "dl"],
             "extra_link_args": ["-Wl,--exclude-libs,ALL"],
         }
+        if "9.0" in archs():
+            common.append("-DNSA_EXT_WITH_SM90A")
     nvcc = [*common, *gencode_flags(), "-Xcompiler=-fvisibility=hidden", "-lineinfo"]
     return cpp_extension.CppExtension(
         "nsa_ext._C",

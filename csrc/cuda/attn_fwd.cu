@@ -7,6 +7,7 @@
 #include "cuda/common.h"
 #include "cuda/instances/attn_instances.h"
 #include "cuda/sm80/fwd.h"
+#include "cuda/sm90/fwd.h"
 #include "nsa/api.h"
 #include "nsa/geometry.h"
 
@@ -42,15 +43,27 @@ void check_alignment(const View& view, const char* name) {
                               "bytes, its strides of 8 elements");
 }
 
-void check_call(const AttnFwd& call) {
-  int device, major, minor;
-  NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+std::string join(const std::vector<std::string>& reasons) {
   std::string message;
-  for (const std::string& reason : supports(call.shape, call.config, major, minor))
-    message += (message.empty() ? "" : "; ") + reason;
-  if (!message.empty()) throw std::invalid_argument(message);
+  for (const std::string& reason : reasons) message += (message.empty() ? "" : "; ") + reason;
+  return message;
+}
+
+struct Capability {
+  int major, minor;
+  Capability() {
+    int device;
+    NSA_CUDA_CHECK(cudaGetDevice(&device));
+    NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  }
+};
+
+Capability check_call(const AttnFwd& call) {
+  const Capability capability;
+  const std::vector<std::string> reasons =
+      supports(call.shape, call.config, capability.major, capability.minor);
+  if (!reasons.empty()) throw std::invalid_argument(join(reasons));
 
   const double scale = call.shape.softmax_scale;
   if (!(scale > 0) || !std::isfinite(scale))
@@ -73,6 +86,7 @@ void check_call(const AttnFwd& call) {
     check_alignment(call.branch[c].v, kNames[c][1]);
     check_alignment(call.branch[c].out, kNames[c][2]);
   }
+  return capability;
 }
 
 }  // namespace
@@ -107,14 +121,14 @@ std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& con
 int64_t attn_fwd_workspace(const AttnFwd&, Backend) { return 0; }
 
 void attn_fwd(const AttnFwd& call, void*, Stream stream, Backend backend) {
-  check_call(call);
-  switch (backend) {
-    case Backend::kAuto:
-    case Backend::kSm80:
-      return sm80::attn_fwd(call, static_cast<cudaStream_t>(stream));
-    case Backend::kSm90:
-      throw std::invalid_argument("this build has no Hopper forward");
+  const Capability capability = check_call(call);
+  if (backend != Backend::kSm80) {
+    const std::vector<std::string> reasons =
+        sm90::fwd_unsupported(call, capability.major, capability.minor);
+    if (reasons.empty()) return sm90::attn_fwd(call, static_cast<cudaStream_t>(stream));
+    if (backend == Backend::kSm90) throw std::invalid_argument(join(reasons));
   }
+  sm80::attn_fwd(call, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace nsa::cuda

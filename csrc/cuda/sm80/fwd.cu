@@ -28,7 +28,7 @@ void launch(const AttnShape& shape, const FwdParams& params, cudaStream_t stream
 
 }  // namespace
 
-void attn_fwd(const AttnFwd& call, cudaStream_t stream) {
+void for_each_branch(const AttnFwd& call, const std::function<void(const FwdParams&)>& launch) {
   const AttnShape& shape = call.shape;
   FwdParams p{};
   p.q = call.q;
@@ -57,9 +57,13 @@ void attn_fwd(const AttnFwd& call, cudaStream_t stream) {
     p.lse = branch.lse;
     p.block_indices = c == kWindow ? View<int32_t>{} : call.block_indices;
     p.index_count = c == kWindow ? 0 : call.index_count;
-    launch(shape, p, stream);
+    launch(p);
     p.accumulate = true;
   }
+}
+
+void attn_fwd(const AttnFwd& call, cudaStream_t stream) {
+  for_each_branch(call, [&](const FwdParams& p) { launch(call.shape, p, stream); });
 }
 
 }  // namespace nsa::cuda::sm80

@@ -3,10 +3,15 @@
 
 #include <cuda_runtime.h>
 
+#include <functional>
+
 #include "cuda/sm80/fwd_params.h"
 #include "nsa/params.h"
 
 namespace nsa::cuda::sm80 {
+
+/// Calls launch(params) for each enabled branch, with all that does not depend on tile shapes.
+void for_each_branch(const AttnFwd& call, const std::function<void(const FwdParams&)>& launch);
 
 /// All enabled branches of a call whose shape the instances cover, one kernel each.
 void attn_fwd(const AttnFwd& call, cudaStream_t stream);

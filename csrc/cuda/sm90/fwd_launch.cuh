@@ -1,0 +1,79 @@
+// Launch of the Hopper forward: tensor maps, tile counts, one block per multiprocessor.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/common.h"
+#include "cuda/sm90/fwd.h"
+#include "cuda/sm90/fwd_kernel.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace nsa::cuda::sm90 {
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    fwd_kernel(const __grid_constant__ FwdArgs args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
+  extern __shared__ char smem[];
+  FwdKernel<Shape>(args, smem).run();
+#endif
+}
+
+template <class Shape>
+void launch_shape(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream) {
+  p.tile_tokens = Shape::kRows >> p.log2_group;
+  if (Shape::kWalk == Walk::kList) p.tile_tokens = std::min(p.tile_tokens, 32);  // bits of a mask
+  p.sort_size = 1;
+  while (p.sort_size < p.tile_tokens * p.index_count) p.sort_size *= 2;
+  p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);
+
+  FwdArgs args{};
+  args.p = p;
+  args.jobs = int64_t{p.tiles} * p.batch * p.heads_kv;
+  const bool packed = shape.cu_seqlens_q != nullptr;
+  const int64_t batch = packed ? 1 : shape.batch;
+  int64_t keys = packed ? shape.total_k : shape.seqlen_k;
+  if (p.branch == kCompressed)
+    keys = packed ? packed_row(shape.total_k, p.config.block_stride)
+                  : num_compressed(shape.seqlen_k, p.config.block_size, p.config.block_stride);
+  if (args.jobs == 0 || shape.total_q == 0) return;
+  const DType dtype = shape.dtype;
+  args.q = make_tensor_map(p.q.ptr, dtype, shape.dim_qk,
+                           {{p.group, p.q.head, 1 << p.log2_group},
+                            {shape.heads_kv, p.group * p.q.head, 1},
+                            {packed ? shape.total_q : shape.seqlen_q, p.q.seq, 64 >> p.log2_group},
+                            {batch, p.q.batch, 1}});
+  // No keys at all: no tile is loaded, and a map of nothing cannot be made.
+  const auto map = [&](const InView& view, int64_t dim) {
+    if (keys == 0 || view.ptr == nullptr) return CUtensorMap{};
+    return make_tensor_map(view.ptr, dtype, dim,
+                           {{shape.heads_kv, view.head, 1},
+                            {keys, view.seq, Shape::kTileKeys},
+                            {batch, view.batch, 1}});
+  };
+  args.k = map(p.k, shape.dim_qk);
+  args.v = map(p.v, shape.dim_v);
+
+  int device, multiprocessors;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t bytes = FwdKernel<Shape>::smem_bytes(p);
+  auto* kernel = fwd_kernel<Shape>;
+  allow_shared_memory(kernel, bytes);
+  kernel<<<grid_size(std::min<int64_t>(args.jobs, multiprocessors)), Shape::kThreads, bytes,
+           stream>>>(args);
+  check_launch("sm90::fwd_kernel");
+}
+
+template <class T, int kDk, int kDv>
+void launch_fwd(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream) {
+  if (p.branch == kSelected) {
+    launch_shape<FwdShape<T, kDk, kDv, Walk::kList>>(shape, p, stream);
+  } else if (p.branch == kCompressed && p.block_indices.ptr != nullptr) {
+    launch_shape<FwdShape<T, kDk, kDv, Walk::kRank>>(shape, p, stream);
+  } else {
+    launch_shape<FwdShape<T, kDk, kDv, Walk::kRange>>(shape, p, stream);
+  }
+}
+
+}  // namespace nsa::cuda::sm90

@@ -1,0 +1,113 @@
+// The blocks that the tokens of a query tile chose, each once, with the tokens that chose it: made
+// by warps of the producer, one job ahead of the consumers, in one of two buffers.
+#pragma once
+
+#include "cuda/sm80/fwd_job.cuh"
+
+namespace nsa::cuda::sm90 {
+
+/// Which of the two buffers comes next, and the parity of its phase.
+struct ListCursor {
+  int buffer = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    parity ^= buffer;
+    buffer ^= 1;
+  }
+};
+
+class BlockList {
+ public:
+  static constexpr int kBuffers = 2;
+  __host__ __device__ static constexpr int64_t buffer_bytes(int sort_size) {
+    return sort_size * 12 + 16;
+  }
+
+  __device__ __forceinline__ BlockList(char* smem, int sort_size, int buffer)
+      : count_(reinterpret_cast<int*>(smem + buffer * buffer_bytes(sort_size))),
+        entries_(reinterpret_cast<uint2*>(count_ + 4)),
+        keys_(reinterpret_cast<uint32_t*>(entries_ + sort_size)) {}
+
+  __device__ __forceinline__ int count() const { return *count_; }
+  __device__ __forceinline__ int block(int i) const { return static_cast<int>(entries_[i].x); }
+  /// Bit k: token k of the tile chose it.
+  __device__ __forceinline__ uint32_t tokens(int i) const { return entries_[i].y; }
+
+  /// Called by kThreads threads, whole warps; synchronises them.
+  template <int kThreads>
+  __device__ void build(const sm80::FwdParams& p, const sm80::Job& job, int thread) const {
+    gather<kThreads>(p, job, thread);
+    sort<kThreads>(p.sort_size, thread);
+    if (thread < 32) merge(p.sort_size, thread);
+    named_barrier_sync(kBarrier, kThreads);
+  }
+
+ private:
+  static constexpr int kBarrier = 8;
+
+  /// Keys block * 32 + token; absent indices, and blocks past the token's own, are ~0.
+  template <int kThreads>
+  __device__ void gather(const sm80::FwdParams& p, const sm80::Job& job, int thread) const {
+    const int64_t blocks = num_select_blocks(job.seqlen_k, p.config.select_size);
+    const View<int32_t>& view = p.block_indices;
+    const int32_t* rows =
+        view.ptr + job.batch * view.batch + job.row_q * view.seq + job.head_kv * view.head;
+    for (int i = thread; i < p.sort_size; i += kThreads) {
+      const int token = i / p.index_count, slot = i - token * p.index_count;
+      uint32_t key = ~0u;
+      if (token < job.tokens) {
+        const int block = rows[token * view.seq + slot];
+        if (block >= 0 && block < blocks && block <= job.position(token) / p.config.select_size &&
+            job.position(token) >= 0)
+          key = static_cast<uint32_t>(block) * 32 + token;
+      }
+      keys_[i] = key;
+    }
+  }
+
+  /// Bitonic, ascending.
+  template <int kThreads>
+  __device__ void sort(int size, int thread) const {
+    for (int run = 2; run <= size; run *= 2) {
+      for (int distance = run / 2; distance > 0; distance /= 2) {
+        named_barrier_sync(kBarrier, kThreads);
+        for (int pair = thread; pair < size / 2; pair += kThreads) {
+          const int i = 2 * pair - (pair & (distance - 1)), partner = i + distance;
+          const uint32_t a = keys_[i], b = keys_[partner];
+          if ((a > b) == ((i & run) == 0)) {
+            keys_[i] = b;
+            keys_[partner] = a;
+          }
+        }
+      }
+    }
+    named_barrier_sync(kBarrier, kThreads);
+  }
+
+  /// One warp: equal blocks become one entry.
+  __device__ void merge(int size, int lane) const {
+    uint32_t previous = ~0u;
+    int merged = 0;
+    for (int base = 0; base < size; base += 32) {
+      const uint32_t key = base + lane < size ? keys_[base + lane] : ~0u;
+      const uint32_t block = key >> 5;
+      uint32_t before = __shfl_up_sync(0xffffffffu, block, 1);
+      if (lane == 0) before = previous;
+      const bool valid = key != ~0u, head = valid && block != before;
+      const uint32_t heads = __ballot_sync(0xffffffffu, head);
+      const int entry = merged + __popc(heads & (0xffffffffu >> (31 - lane))) - 1;
+      if (head) entries_[entry] = make_uint2(block, 0);
+      __syncwarp();
+      if (valid) atomicOr(&entries_[entry].y, 1u << (key & 31));
+      merged += __popc(heads);
+      previous = __shfl_sync(0xffffffffu, block, 31);
+    }
+    if (lane == 0) *count_ = merged;
+  }
+
+  int* count_;
+  uint2* entries_;
+  uint32_t* keys_;
+};
+
+}  // namespace nsa::cuda::sm90
