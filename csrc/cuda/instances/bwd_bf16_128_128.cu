@@ -1,0 +1,3 @@
+#include "cuda/sm80/bwd_instance.cuh"
+
+NSA_BWD_INSTANCE(__nv_bfloat16, 128, 128)

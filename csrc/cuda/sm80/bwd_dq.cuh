@@ -1,0 +1,261 @@
+// Query-stationary dQ: a block of threads owns up to 176 query rows (whole tokens) and walks the keys
+// that they see in all branches, so that their sum stays in registers and is rounded once.
+//
+//   S = Q K^T     P = gate * exp2(scale S - lse)     dP = dO V^T     dS = P * (dP - delta)
+//   dQ += scale dS K
+//
+// All warps but the last own 16 rows each; the last one copies the key tiles of all branches into a
+// ring. With G = 16 a warp is one token: it passes over the selected blocks that the token did not
+// choose without waiting for the warps that did.
+#pragma once
+
+#include "cuda/sm80/bwd_kernels.h"
+#include "cuda/sm80/bwd_keys.cuh"
+
+namespace nsa::cuda::bwd {
+
+template <int kDimQk_, int kDimV_>
+struct DqTraits {
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr int kReaders = query_tile_warps(kDimQk), kRows = kReaders * 16;
+  static constexpr int kThreads = (kReaders + 1) * 32;
+  // dO stays in registers; Q only where there is room beside the accumulators.
+  static constexpr bool kQInSmem = kDimQk > 64;
+  static constexpr int kStages = kDimQk > 128 ? 5 : 6;  // about 100 KB of K and V
+  using Ring = KeyRing<kDimQk, kDimV, kStages>;
+  static constexpr int kQOffset = round_up(Ring::kBytes, 128);
+  static constexpr int kSmemBytes = kQOffset + (kQInSmem ? kRows * kDimQk * 2 : 0);
+  static_assert(kRows * kDimQk * 2 <= Ring::kInfoOffset);  // dQ leaves through the ring
+};
+
+/// A thread's two rows of a warp's 16: what the current branch says about them.
+struct RowPair {
+  int token[2];   // within the query tile
+  bool valid[2];  // padding rows see nothing and hold zeros
+  float lse_log2[2], delta[2], gate[2];
+  KeyRange keys[2];
+
+  __device__ __forceinline__ void load_branch(const DqArgs& args, const QueryTile& tile,
+                                              int branch, int first_row) {
+    const AttnBwd& p = args.common.p;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      lse_log2[i] = INFINITY;
+      delta[i] = gate[i] = 0.0f;
+      keys[i] = {0, 0};
+      if (!valid[i]) continue;
+      const int64_t row = tile.sequence.q_row + tile.first + token[i];
+      const int head = first_row + 8 * i - token[i] * args.common.group;
+      const RowStats stats =
+          args.common.stats[((branch * p.shape.heads_kv + tile.head) * p.shape.total_q + row) *
+                                args.common.group +
+                            head];
+      lse_log2[i] = stats.lse_log2;
+      delta[i] = stats.delta;
+      gate[i] = stats.gate;
+      keys[i] = visible_keys(branch, tile.sequence.position(tile.first + token[i]), p.config);
+    }
+  }
+
+  /// The keys of a tile that row i sees, relative to its first.
+  __device__ __forceinline__ KeyRange within(int i, const KeyTileInfo& info) const {
+    const uint32_t bits = token[i] < 32 ? info.tokens[0] : info.tokens[1];
+    const bool looks = (bits >> (token[i] % 32)) & 1;
+    return {keys[i].begin - info.key, looks ? min(keys[i].end, info.end) - info.key : 0};
+  }
+};
+
+template <class T, class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    bwd_dq_kernel(const __grid_constant__ DqArgs args) {
+  constexpr int kDimQk = Traits::kDimQk, kDimV = Traits::kDimV;
+  using Ring = typename Traits::Ring;
+  extern __shared__ __align__(128) char smem[];
+
+  const AttnBwd& p = args.common.p;
+  const int group = args.common.group;
+  QueryTile tile;
+  // One kv head at a time, so that its K and V stay in L2; long rows first.
+  tile.head = static_cast<int>(blockIdx.x / args.tiles.count);
+  const int number = args.tiles.count - 1 - static_cast<int>(blockIdx.x % args.tiles.count);
+  {
+    const TileMap::Place place = args.tiles.place(number);
+    tile.sequence = load_sequence(p.shape, place.batch);
+    tile.first = place.index * args.tile_tokens;
+    tile.count = min(args.tile_tokens, tile.sequence.q_len - tile.first);
+  }
+  if (tile.count <= 0) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  // The address of a row of q, dout or dq; null past the last row.
+  const auto row_of = [&](const auto& view, int row) {
+    const int token = row / group;
+    return token < tile.count
+               ? tile.sequence.queries(view) + (tile.first + token) * view.seq +
+                     (static_cast<int64_t>(tile.head) * group + row - token * group) * view.head
+               : nullptr;
+  };
+
+  Ring ring{smem};
+  if (threadIdx.x == 0) ring.init(Traits::kReaders);
+  const uint32_t q_smem = smem_addr(smem + Traits::kQOffset);
+  if constexpr (Traits::kQInSmem) {
+    for (int row = warp; row < Traits::kRows; row += Traits::kThreads / 32) {
+      const T* src = row_of(typed<T>(p.q), row);
+      if (lane < kDimQk / 8)
+        cp_async_16(q_smem + tile_offset<kDimQk>(row, lane), src + lane * 8, src != nullptr);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
+  __syncthreads();
+
+  if (warp == Traits::kReaders) {
+    if (p.branch[kCompressed].enabled)
+      fill_ring<T, kDimQk, kDimV>(ring, args, tile, kCompressed,
+                                  DenseKeys(tile, kCompressed, p.config));
+    if (p.branch[kSelected].enabled)
+      fill_ring<T, kDimQk, kDimV>(ring, args, tile, kSelected, GatheredKeys(args, tile, number));
+    if (p.branch[kWindow].enabled)
+      fill_ring<T, kDimQk, kDimV>(ring, args, tile, kWindow, DenseKeys(tile, kWindow, p.config));
+    close_ring(ring);
+    return;
+  }
+
+  const int first_row = warp * 16 + lane / 4;  // and 8 rows further
+  RowPair rows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rows.token[i] = min((first_row + 8 * i) / group, kMaxTileTokens - 1);
+    rows.valid[i] = (first_row + 8 * i) / group < tile.count;
+  }
+  uint32_t q[Traits::kQInSmem ? 1 : kDimQk / 16][4], dout[kDimV / 16][4];
+  const auto load_operand = [&](const View<const T>& view, auto& fragments) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const T* src = row_of(view, first_row + 8 * i);
+#pragma unroll
+      for (int k = 0; k < static_cast<int>(sizeof(fragments) / 16); ++k)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          fragments[k][half * 2 + i] =
+              src ? *reinterpret_cast<const uint32_t*>(src + k * 16 + half * 8 + 2 * (lane % 4))
+                  : 0u;
+    }
+  };
+  if constexpr (!Traits::kQInSmem) load_operand(typed<T>(p.q), q);
+  load_operand(typed<T>(p.dout), dout);
+
+  const float scale_log2 = static_cast<float>(p.shape.softmax_scale * 1.4426950408889634);
+  const PatchReader<kDimQk, Patch::kRowsFirst> q_reader(lane);
+  const PatchReader<kDimQk, Patch::kColumnsFirst> k_reader(lane);
+  const PatchReader<kDimV, Patch::kColumnsFirst> v_reader(lane);
+  const PatchReader<kDimQk, Patch::kRowsFirst> k_transposed_reader(lane);
+  float acc[kDimQk / 8][4] = {};
+  int branch = -1;
+  while (true) {
+    mbarrier_wait(ring.full(), ring.parity);
+    const KeyTileInfo info = *ring.info();
+    if (info.branch < 0) break;
+    if (info.branch != branch) {
+      branch = info.branch;
+      rows.load_branch(args, tile, branch, first_row);
+    }
+    const KeyRange keys[2] = {rows.within(0, info), rows.within(1, info)};
+    bool sees = false, whole = true;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sees |= rows.valid[i] && keys[i].end > 0 && keys[i].begin < kKeyTile;
+      whole &= !rows.valid[i] || (keys[i].begin <= 0 && keys[i].end >= kKeyTile);
+    }
+    if (__any_sync(kFullWarp, sees)) {
+      const bool masked = !__all_sync(kFullWarp, whole);
+      const uint32_t k_tile = ring.tile(), v_tile = k_tile + Ring::kKBytes;
+      float s[kKeyTile / 8][4] = {}, dp[kKeyTile / 8][4] = {};
+#pragma unroll
+      for (int k = 0; k < kDimQk / 16; ++k) {
+        uint32_t a[4], b[4];
+        if constexpr (Traits::kQInSmem) ldmatrix_x4(a, q_reader.at(q_smem, warp * 16, k));
+#pragma unroll
+        for (int n = 0; n < kKeyTile / 16; ++n) {
+          ldmatrix_x4(b, k_reader.at(k_tile, n * 16, k));
+          if constexpr (Traits::kQInSmem) {
+            mma_16816<T>(s[2 * n], a, b[0], b[1]);
+            mma_16816<T>(s[2 * n + 1], a, b[2], b[3]);
+          } else {
+            mma_16816<T>(s[2 * n], q[k], b[0], b[1]);
+            mma_16816<T>(s[2 * n + 1], q[k], b[2], b[3]);
+          }
+          if (k >= kDimV / 16) continue;
+          ldmatrix_x4(b, v_reader.at(v_tile, n * 16, k));
+          mma_16816<T>(dp[2 * n], dout[k], b[0], b[1]);
+          mma_16816<T>(dp[2 * n + 1], dout[k], b[2], b[3]);
+        }
+      }
+      uint32_t ds[kKeyTile / 16][4];
+#pragma unroll
+      for (int n = 0; n < kKeyTile / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float x = exp2_approx(fmaf(s[n][i], scale_log2, -rows.lse_log2[i / 2])) *
+                    rows.gate[i / 2];
+          if (masked) {
+            const int key = n * 8 + 2 * (lane % 4) + i % 2;
+            if (key < keys[i / 2].begin || key >= keys[i / 2].end) x = 0.0f;
+          }
+          s[n][i] = x * (dp[n][i] - rows.delta[i / 2]);
+        }
+        ds[n / 2][n % 2 * 2] = pack2<T>(s[n][0], s[n][1]);
+        ds[n / 2][n % 2 * 2 + 1] = pack2<T>(s[n][2], s[n][3]);
+      }
+#pragma unroll
+      for (int k = 0; k < kKeyTile / 16; ++k)
+#pragma unroll
+        for (int d = 0; d < kDimQk / 16; ++d) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, k_transposed_reader.at(k_tile, k * 16, d));
+          mma_16816<T>(acc[2 * d], ds[k], b[0], b[1]);
+          mma_16816<T>(acc[2 * d + 1], ds[k], b[2], b[3]);
+        }
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(ring.empty());
+    ring.advance();
+  }
+
+  // Out through shared memory, for stores of whole rows. All tiles have been read by all warps after
+  // the barrier; each warp then uses its own rows only.
+  named_barrier_sync(1, Traits::kReaders * 32);
+  const float scale = static_cast<float>(p.shape.softmax_scale);
+  char* out = smem + warp * 16 * kDimQk * 2;
+#pragma unroll
+  for (int d = 0; d < kDimQk / 8; ++d)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      *reinterpret_cast<uint32_t*>(out + tile_offset<kDimQk>(lane / 4 + 8 * i, d) +
+                                   lane % 4 * 4) =
+          pack2<T>(acc[d][2 * i] * scale, acc[d][2 * i + 1] * scale);
+  __syncwarp();
+  const View<T> dq = typed<T>(p.dq);
+#pragma unroll
+  for (int i = lane; i < 16 * kDimQk / 8; i += 32) {
+    const int row = i / (kDimQk / 8), chunk = i % (kDimQk / 8);
+    T* dst = row_of(dq, warp * 16 + row);
+    if (dst)
+      *reinterpret_cast<uint4*>(dst + chunk * 8) =
+          *reinterpret_cast<const uint4*>(out + tile_offset<kDimQk>(row, chunk));
+  }
+}
+
+template <class T, int kDimQk, int kDimV>
+void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
+  using Traits = DqTraits<kDimQk, kDimV>;
+  const int64_t blocks = args.common.p.shape.heads_kv * args.tiles.count;
+  if (blocks == 0) return;
+  auto* kernel = bwd_dq_kernel<T, Traits>;
+  allow_shared_memory(kernel, Traits::kSmemBytes);
+  kernel<<<grid_size(blocks), Traits::kThreads, Traits::kSmemBytes, stream>>>(args);
+  check_launch("bwd_dq_kernel");
+}
+
+}  // namespace nsa::cuda::bwd

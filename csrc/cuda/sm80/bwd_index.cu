@@ -1,0 +1,206 @@
+// The selection as the backward needs it: who chose a block (key-stationary dK/dV), and what the
+// tokens of a query tile chose together (query-stationary dQ). Both are the same bits every time.
+#include "cuda/sm80/bwd_kernels.h"
+#include "cuda/sm80/bwd_ptx.cuh"
+#include "cuda/sm80/bwd_sequence.cuh"
+
+namespace nsa::cuda::bwd {
+namespace {
+
+/// Up to 64 selected blocks of a (query, kv head), two a lane; -1 where absent, out of range, wholly
+/// past the query's position, or a repetition.
+struct LaneBlocks {
+  int block[2];
+};
+
+__device__ __forceinline__ LaneBlocks load_blocks(const int32_t* row, int count, int lane) {
+  return {{lane < count ? row[lane] : -1, lane + 32 < count ? row[lane + 32] : -1}};
+}
+
+__device__ __forceinline__ LaneBlocks unique_blocks(LaneBlocks x, int count, int lane,
+                                                    int num_candidates) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (x.block[i] < 0 || x.block[i] >= num_candidates) x.block[i] = -1;
+    const uint32_t same = __match_any_sync(kFullWarp, x.block[i]);
+    if (lane != __ffs(same) - 1) x.block[i] = -1;
+  }
+  if (count > 32) {
+    const int second = x.block[1];
+#pragma unroll 8
+    for (int i = 0; i < 32; ++i)
+      if (second == __shfl_sync(kFullWarp, x.block[0], i)) x.block[1] = -1;
+  }
+  return x;
+}
+
+/// Candidates of position t: blocks 0 .. t / l'.
+__device__ __forceinline__ int num_candidates(int t, const BlockConfig& config) {
+  return t < 0 ? 0 : t / config.select_size + 1;
+}
+
+/// A warp walks one chunk of query rows in order and keeps a cursor for every block: first to count,
+/// then, the cursors turned into offsets, to write the lists. Blocks of a row differ, so its lanes
+/// touch different cursors.
+template <bool kFill>
+__global__ void __launch_bounds__(128) walk_selection(const __grid_constant__ AttnBwd p,
+                                                      const InvertedIndex index) {
+  const int lane = threadIdx.x % 32;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (warp >= p.shape.heads_kv * index.chunks) return;
+  const int64_t head = warp / index.chunks;
+  const int num_blocks = index.blocks.count;
+  int32_t* cursor = index.cursor + warp * num_blocks;
+  const int32_t* begin = index.begin + head * num_blocks;
+  if (!kFill) {
+    for (int i = lane; i < num_blocks; i += 32) cursor[i] = 0;
+    __syncwarp();
+  }
+  const int64_t first = (warp % index.chunks) * index.chunk_rows;
+  const int64_t last = min(first + index.chunk_rows, p.shape.total_q);
+  // The sequence that holds the chunk's first row: the last one that starts at or before it.
+  int b = 0;
+  if (p.shape.cu_seqlens_q) {
+    int high = static_cast<int>(p.shape.batch) - 1;
+    while (b < high) {
+      const int middle = (b + high + 1) / 2;
+      if (p.shape.cu_seqlens_q[middle] <= first)
+        b = middle;
+      else
+        high = middle - 1;
+    }
+  } else {
+    b = static_cast<int>(first / p.shape.seqlen_q);
+  }
+  Sequence sequence = load_sequence(p.shape, b);
+  const auto load = [&](int64_t row) {  // of the sequence
+    const int32_t* list = sequence.queries(p.block_indices) + row * p.block_indices.seq;
+    return load_blocks(list + head * p.block_indices.head, p.index_count, lane);
+  };
+  int i = static_cast<int>(first - sequence.q_row);
+  LaneBlocks next;
+  bool loaded = false;
+  for (int64_t row = first; row < last; ++row, ++i) {
+    while (i >= sequence.q_len) {
+      if (++b >= p.shape.batch) return;  // rows past the last sequence
+      i -= sequence.q_len;
+      sequence = load_sequence(p.shape, b);
+      loaded = false;
+    }
+    if (!loaded) next = load(i);
+    const LaneBlocks current = next;
+    loaded = row + 1 < last && i + 1 < sequence.q_len;
+    if (loaded) next = load(i + 1);
+    const LaneBlocks blocks =
+        unique_blocks(current, p.index_count, lane,
+                      num_candidates(sequence.position(i), p.config));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (blocks.block[j] < 0) continue;
+      const int number = index.blocks.first(b) + blocks.block[j];
+      const int position = cursor[number];
+      cursor[number] = position + 1;
+      if (kFill) index.queries[begin[number] + position] = i;
+    }
+    __syncwarp();
+  }
+}
+
+/// A thread turns one block's counts per chunk into offsets.
+__global__ void __launch_bounds__(128) scan_chunks(const InvertedIndex index) {
+  const int block = blockIdx.x * 128 + threadIdx.x;
+  const int64_t head = blockIdx.y, num_blocks = index.blocks.count;
+  if (block >= num_blocks) return;
+  int32_t* cursor = index.cursor + head * index.chunks * num_blocks + block;
+  int sum = 0;
+#pragma unroll 8
+  for (int chunk = 0; chunk < index.chunks; ++chunk) {
+    const int count = cursor[chunk * num_blocks];
+    cursor[chunk * num_blocks] = sum;
+    sum += count;
+  }
+  index.count[head * num_blocks + block] = sum;
+}
+
+constexpr int kSpan = 1024;  // blocks whose token masks are in shared memory at a time
+constexpr int kUnionThreads = 128;
+
+__global__ void __launch_bounds__(kUnionThreads) unite_selection(const __grid_constant__ DqArgs args,
+                                                                 UnionBlock* blocks,
+                                                                 int32_t* counts) {
+  __shared__ uint32_t masks[2][kSpan];
+  __shared__ int warp_counts[kUnionThreads / 32];
+  const AttnBwd& p = args.common.p;
+  const int64_t tile = blockIdx.x;
+  const int64_t head = tile / args.tiles.count;
+  const TileMap::Place place = args.tiles.place(static_cast<int>(tile % args.tiles.count));
+  const Sequence sequence = load_sequence(p.shape, place.batch);
+  const int first = place.index * args.tile_tokens;
+  const int tokens = min(args.tile_tokens, sequence.q_len - first);
+  if (tokens <= 0) return;
+  UnionBlock* out = blocks + tile * args.tile_tokens * p.index_count;
+  const int32_t* lists = sequence.queries(p.block_indices) + head * p.block_indices.head;
+  const int end = num_candidates(sequence.position(first + tokens - 1), p.config);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  int written = 0;
+  for (int base = 0; base < end; base += kSpan) {
+    for (int i = thread; i < kSpan; i += kUnionThreads) masks[0][i] = masks[1][i] = 0;
+    __syncthreads();
+    for (int i = thread; i < tokens * p.index_count; i += kUnionThreads) {
+      const int token = i / p.index_count;
+      const int block =
+          lists[(first + token) * p.block_indices.seq + i - token * p.index_count];
+      if (block >= base && block < base + kSpan &&
+          block < num_candidates(sequence.position(first + token), p.config))
+        atomicOr(&masks[token / 32][block - base], 1u << (token % 32));
+    }
+    __syncthreads();
+    for (int sweep = 0; sweep < kSpan && base + sweep < end; sweep += kUnionThreads) {
+      const int i = sweep + thread;
+      const uint32_t low = masks[0][i], high = masks[1][i];
+      const uint32_t ballot = __ballot_sync(kFullWarp, (low | high) != 0);
+      if (lane == 0) warp_counts[warp] = __popc(ballot);
+      __syncthreads();
+      int position = written + __popc(ballot & ((1u << lane) - 1));
+#pragma unroll
+      for (int w = 0; w < kUnionThreads / 32; ++w) {
+        if (w < warp) position += warp_counts[w];
+        written += warp_counts[w];
+      }
+      if (low | high) out[position] = UnionBlock{base + i, {low, high}, 0};
+      __syncthreads();
+    }
+  }
+  if (thread == 0) counts[tile] = written;
+}
+
+}  // namespace
+
+void launch_count_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
+  const int64_t warps = p.shape.heads_kv * index.chunks;
+  if (warps > 0) {
+    walk_selection<false><<<grid_size(ceil_div<int64_t>(warps, 4)), 128, 0, stream>>>(p, index);
+    check_launch("walk_selection");
+  }
+  if (index.blocks.count == 0) return;
+  const dim3 grid(ceil_div(index.blocks.count, 128), static_cast<unsigned>(p.shape.heads_kv));
+  scan_chunks<<<grid, 128, 0, stream>>>(index);
+  check_launch("scan_chunks");
+}
+
+void launch_fill_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
+  const int64_t warps = p.shape.heads_kv * index.chunks;
+  if (warps == 0) return;
+  walk_selection<true><<<grid_size(ceil_div<int64_t>(warps, 4)), 128, 0, stream>>>(p, index);
+  check_launch("walk_selection");
+}
+
+void launch_union_selection(const DqArgs& args, UnionBlock* blocks, int32_t* counts,
+                            cudaStream_t stream) {
+  const int64_t tiles = args.common.p.shape.heads_kv * args.tiles.count;
+  if (tiles == 0) return;
+  unite_selection<<<grid_size(tiles), kUnionThreads, 0, stream>>>(args, blocks, counts);
+  check_launch("unite_selection");
+}
+
+}  // namespace nsa::cuda::bwd
