@@ -100,11 +100,19 @@ inline std::map<std::string, Expected> oracle(const Problem& p) {
   result["dx"] = Expected(p.x.size());
   for (const auto& [name, tensor] : p.weights) result["d" + name] = Expected(tensor.size());
   Expected &out = result["out"], &dx = result["dx"];
-  auto weight = [&](const char* name, int64_t i) { return p.weights.at(name).flat(i); };
-  auto bias = [&](const char* name, int64_t i) { return p.has(name) ? weight(name, i) : 0; };
-  auto grad = [&](const char* name, int64_t i, double term) {
-    if (result.count(name)) result[name].add(i, term);
+  auto values = [&](const char* name) {
+    std::vector<double> all(p.has(name) ? p.weights.at(name).size() : 0);
+    for (size_t i = 0; i < all.size(); ++i) all[i] = p.weights.at(name).flat(i);
+    return all;
   };
+  const std::vector<double> weight = values("weight"), pos = values("pos");
+  const std::vector<double> w1 = values("w1"), b1 = values("b1");
+  const std::vector<double> w2 = values("w2"), b2 = values("b2");
+  auto grad = [&](const char* name) {
+    return p.has(name) ? &result["d" + std::string(name)] : nullptr;
+  };
+  Expected *dpos = grad("pos"), *dweight = grad("weight"), *dw1 = grad("w1"), *db1 = grad("b1");
+  Expected *dw2 = grad("w2"), *db2 = grad("b2");
 
   std::vector<double> input(l * D), dinput(l * D), pre(hidden), act(hidden), dpre(hidden);
   for (size_t sequence = 0; sequence < p.seqlens.size(); ++sequence) {
@@ -118,53 +126,53 @@ inline std::map<std::string, Expected> oracle(const Problem& p) {
         };
         auto dout = [&](int64_t o) { return p.dout.at(b, row, h, o); };
         for (int64_t k = 0; k < l * D; ++k)
-          input[k] = p.x.at(b, start + c * d + k / D, h, k % D) + bias("pos", hw * l * D + k);
+          input[k] =
+              p.x.at(b, start + c * d + k / D, h, k % D) + (pos.empty() ? 0 : pos[hw * l * D + k]);
         std::fill(dinput.begin(), dinput.end(), 0);
 
         if (!p.mlp()) {
           for (int64_t k = 0; k < l * D; ++k) {
-            const double w = p.has("weight") ? weight("weight", hw * l + k / D) : 1.0 / l;
+            const double w = weight.empty() ? 1.0 / l : weight[hw * l + k / D];
             out.add(out_index(k % D), w * input[k]);
             dinput[k] = w * dout(k % D);
-            grad("dweight", hw * l + k / D, dout(k % D) * input[k]);
+            if (dweight) dweight->add(hw * l + k / D, dout(k % D) * input[k]);
           }
         } else {
           for (int64_t n = 0; n < hidden; ++n) {
-            double sum = bias("b1", hw * hidden + n);
-            for (int64_t k = 0; k < l * D; ++k)
-              sum += weight("w1", (hw * hidden + n) * l * D + k) * input[k];
+            double sum = b1.empty() ? 0 : b1[hw * hidden + n];
+            for (int64_t k = 0; k < l * D; ++k) sum += w1[(hw * hidden + n) * l * D + k] * input[k];
             pre[n] = sum;
             act[n] = gelu(sum);
             dpre[n] = 0;
           }
           for (int64_t o = 0; o < dim_out; ++o) {
-            if (!p.has("w2")) {
+            if (w2.empty()) {
               out.add(out_index(o), pre[o]);
               dpre[o] = dout(o);
               continue;
             }
-            out.add(out_index(o), bias("b2", hw * dim_out + o));
-            grad("db2", hw * dim_out + o, dout(o));
+            if (!b2.empty()) out.add(out_index(o), b2[hw * dim_out + o]);
+            if (db2) db2->add(hw * dim_out + o, dout(o));
             for (int64_t n = 0; n < hidden; ++n) {
               const int64_t i = (hw * dim_out + o) * hidden + n;
-              out.add(out_index(o), weight("w2", i) * act[n]);
-              dpre[n] += weight("w2", i) * dout(o) * gelu_derivative(pre[n]);
-              grad("dw2", i, dout(o) * act[n]);
+              out.add(out_index(o), w2[i] * act[n]);
+              dpre[n] += w2[i] * dout(o) * gelu_derivative(pre[n]);
+              dw2->add(i, dout(o) * act[n]);
             }
           }
           for (int64_t n = 0; n < hidden; ++n) {
-            grad("db1", hw * hidden + n, dpre[n]);
+            if (db1) db1->add(hw * hidden + n, dpre[n]);
             for (int64_t k = 0; k < l * D; ++k) {
               const int64_t i = (hw * hidden + n) * l * D + k;
-              dinput[k] += weight("w1", i) * dpre[n];
-              grad("dw1", i, dpre[n] * input[k]);
+              dinput[k] += w1[i] * dpre[n];
+              dw1->add(i, dpre[n] * input[k]);
             }
           }
         }
         for (int64_t k = 0; k < l * D; ++k) {
           const int64_t s = start + c * d + k / D;
           dx.add(((b * p.x.seq() + s) * H + h) * D + k % D, dinput[k]);
-          grad("dpos", hw * l * D + k, dinput[k]);
+          if (dpos) dpos->add(hw * l * D + k, dinput[k]);
         }
       }
     }
