@@ -1,0 +1,132 @@
+// What the driver of an attention call works out before any kernel runs: sequences, packed keys,
+// work items. Kernels of every instruction set read these plain structs; include this before a
+// target_*.h.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/index.h"
+#include "nsa/geometry.h"
+#include "nsa/params.h"
+
+namespace nsa::cpu {
+
+/// Rows, that is (token, head) pairs, that go through the micro-kernel together: enough to use a
+/// panel of keys from L1 often, few enough that scores and weights stay in L2.
+inline constexpr int64_t kRowBatch = 64;
+/// Keys of a visit at most, a whole number of panels.
+inline constexpr int64_t kKeyChunk = 512;
+
+/// Keys of a work item of the key-stationary pass.
+inline constexpr int64_t kKeyTile = 64;
+/// Queries that go through the micro-kernel together there.
+inline constexpr int64_t kQueryBatch = 64;
+
+/// Queries of a selected block that one work item of the key-stationary pass takes; the sum over a
+/// longer list (a block that is always selected) is made of partial sums, in the order of the list.
+inline constexpr int64_t kListSegment = 4096;
+
+struct Sequence {
+  int64_t batch;                  // index along the batch stride; 0 when packed
+  int64_t q_row, k_row, cmp_row;  // first rows; 0 when not packed
+  int64_t len_q, len_k, len_cmp;  // Sq, Sk, Tc
+  int64_t lse_row;                // first row of the (B * Sq or total_q) rows of all sequences
+  int64_t position(int64_t i) const { return i + len_k - len_q; }  // t of query i
+};
+
+/// Element offset of row `row`, head `head` of a (batch, seq, heads, dim) view.
+template <class T>
+inline int64_t offset_of(const View<T>& view, int64_t batch, int64_t row, int64_t head) {
+  return batch * view.batch + row * view.seq + head * view.head;
+}
+
+/// Operands that a pass needs of a branch's keys and values, in the compute type.
+enum PackParts : int {
+  kKeysT = 1,    // panels of the transposed keys: scores
+  kValues = 2,   // values as rows: output
+  kValuesT = 4,  // panels of the transposed values: gradient of the weights
+  kKeys = 8,     // keys as rows: gradient of the queries
+};
+
+/// Keys of one branch, copied once into the layout of the micro-kernel: blocks of `block` keys,
+/// rounded up with zeros to `padded`, a whole number of vectors. A transposed block is a row of
+/// panels, each (dim, width) with width = kPanel but for the last one's rest; blocks of whole
+/// panels follow each other without a seam.
+struct KeyPack {
+  int64_t block = 0, padded = 0;
+  void* part[4] = {};              // of kKeysT, kValues, kValuesT, kKeys; null: not packed
+  const int64_t* first = nullptr;  // by sequence: its first packed block
+  const int64_t* count = nullptr;  // by sequence: blocks of one head
+  const int64_t* base = nullptr;   // by sequence: blocks of the sequences before it, all heads
+
+  /// Position of a block in units of `padded` keys.
+  int64_t slot(int64_t sequence, int64_t head, int64_t block_index) const {
+    return base[sequence] + head * count[sequence] + block_index - first[sequence];
+  }
+};
+
+struct PackItem {
+  int32_t branch;
+  int64_t sequence, head, begin, end;  // blocks
+};
+
+/// A tile of queries of one kv head: one work item of a query-stationary pass.
+struct QueryItem {
+  int64_t sequence, head, first, count;
+};
+
+/// What forward and backward have in common.
+struct AttnPlan {
+  AttnShape shape;
+  BlockConfig config;
+  int64_t group;        // G
+  int64_t ld_qk, ld_v;  // Dk and Dv rounded up to whole vectors
+  const Sequence* sequences;
+  int64_t num_sequences;
+  InView q, gates;
+  bool enabled[kNumBranches];
+  InView k[kNumBranches], v[kNumBranches];
+  KeyPack pack[kNumBranches];
+  bool selected_resident;  // else a tile packs the blocks that it visits: a decode step
+  int parts;               // PackParts of the query-stationary pass
+  View<const int32_t> block_indices;
+  int32_t index_count;
+  const QueryItem* items;
+  int64_t tile_tokens;        // most tokens of an item
+  int64_t window_tokens;      // tokens that go through the window together
+  int64_t compressed_tokens;  // and through the compressed branch
+  int64_t max_compressed;     // Tc of the longest sequence
+  int64_t max_select_blocks;  // blocks of the longest sequence
+
+  SelectedRows selected_rows(const Sequence& s, int64_t head, int64_t first, int64_t rows) const {
+    return {block_indices.ptr + offset_of(block_indices, s.batch, s.q_row + first, head),
+            block_indices.seq, rows, s.position(first), index_count};
+  }
+};
+
+struct FwdPlan : AttnPlan {
+  const AttnFwd* params;
+};
+
+/// One work item of the key-stationary pass: a tile of keys and, for the selected branch, a range
+/// of the list of queries that chose its block.
+struct KeyItem {
+  int32_t branch;
+  int64_t sequence, head;
+  int64_t begin, count;          // keys
+  int64_t list_begin, list_end;  // into `tokens`
+  // Slots of the sums over the rest of a long list, which come first as items of their own, with
+  // num_partials = -1.
+  int64_t partial, num_partials;
+};
+
+struct BwdPlan : AttnPlan {
+  const AttnBwd* params;
+  bool window_shares_grads;  // the window's dk, dv are added to the selected branch's
+  void* dots;                // (3, rows, Hq) rowsum(dout * O_c) in the compute type
+  int64_t rows;              // B * Sq or total_q
+  const int32_t* tokens;     // inverted block_indices of all (sequence, head)
+  void* partials;            // slots of (key tile, ld_qk + ld_v) in the compute type
+};
+
+}  // namespace nsa::cpu

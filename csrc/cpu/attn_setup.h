@@ -1,0 +1,41 @@
+// Works out an AttnPlan and owns the memory that it points to.
+#pragma once
+
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/attn_kernels.h"
+#include "cpu/schedule.h"
+
+namespace nsa::cpu {
+
+/// The kernels for a dtype on this machine.
+const AttnKernels& attn_kernels(DType dtype);
+
+inline int64_t compute_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+struct AttnSetup {
+  const AttnKernels& kernels;
+  std::vector<Sequence> sequences;
+  std::vector<QueryItem> items;
+  std::vector<int64_t> pack_first[kNumBranches], pack_count[kNumBranches], pack_base[kNumBranches];
+  std::vector<PackItem> pack_items;
+  std::vector<Buffer> buffers;
+
+  /// Throws std::invalid_argument where the shape, the configuration of the enabled branches or
+  /// cu_seqlens do not hold together. plan.shape, config, enabled, q, k, v, gates, block_indices,
+  /// index_count and parts must be set; fills in the rest.
+  AttnSetup(AttnPlan& plan, const Executor& executor);
+
+ private:
+  void check(const AttnPlan& plan) const;
+  void add_sequences(AttnPlan& plan);
+  void add_tiles(AttnPlan& plan, int num_threads);
+  void add_pack(AttnPlan& plan, int branch);
+};
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace nsa::cpu
