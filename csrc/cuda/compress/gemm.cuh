@@ -34,18 +34,19 @@ constexpr int gemm_shared_bytes() {
   return kStages * (OperandTile<kMajorA, kBlockM>::kBytes + OperandTile<kMajorB, kBlockN>::kBytes);
 }
 
-/// Loads an operand's tile: `source(row)` is where row `row` of it starts, or null for a row of
-/// zeros. Columns from `columns` on are zero. Rows that are not 16-byte aligned, or not a multiple
-/// of 8 long, are read element by element (`aligned` is the same for the whole grid).
+/// Loads an operand's tile: `source(row, sweep)` is where row `row` of it starts, or null for a
+/// row of zeros; a thread asks for one row in each sweep. Columns from `columns` on are zero. Rows
+/// that are not 16-byte aligned, or not a multiple of 8 long, are read element by element
+/// (`aligned` is the same for the whole grid).
 template <class Tile, class T, class Source>
-__device__ __forceinline__ void load_operand(uint32_t smem, int64_t columns, bool aligned,
+__device__ __forceinline__ void load_operand(uint32_t smem, int columns, bool aligned,
                                              const Source& source) {
   constexpr int kRowsPerSweep = kGemmThreads / 8;
   const int chunk = threadIdx.x & 7, first = threadIdx.x >> 3;
 #pragma unroll
   for (int sweep = 0; sweep < Tile::kRows / kRowsPerSweep; ++sweep) {
     const int row = sweep * kRowsPerSweep + first;
-    const T* src = source(row);
+    const T* src = source(row, sweep);
 #pragma unroll
     for (int panel = 0; panel < Tile::kColumns / 64; ++panel) {
       const int column = panel * 64 + chunk * 8;

@@ -22,6 +22,9 @@ struct MlpSizes {
   int64_t padded_hidden, padded_out;  // multiples of 8: rows of whole 16-byte pieces
 
   __host__ __device__ int64_t block_elements() const { return seqs.block_size * dim; }
+  __host__ __device__ int64_t heads_per_weight() const {
+    return weight_heads ? heads / weight_heads : 0;
+  }
   __device__ int64_t weight_head(int64_t head) const { return weight_heads == 1 ? 0 : head; }
 };
 
@@ -112,6 +115,11 @@ struct TokenTile {
   }
 };
 
+/// Rows of the tile of 128 tokens that starts at `first`.
+__device__ __forceinline__ int tile_rows(const Sequences& seqs, int64_t first) {
+  return static_cast<int>(seqs.rows - first < kBlockM ? seqs.rows - first : int64_t{kBlockM});
+}
+
 /// The tile at (m_tile, head, n_tile) of a grid with n fastest, so that the blocks that read the
 /// same rows of A run side by side.
 struct TileIndex {
@@ -130,7 +138,7 @@ struct HiddenProblem {
   const T* w1;              // of this weight head, at the first row of the tile
   const TokenTile* tokens;  // in shared memory
   int64_t x_seq;
-  int64_t w1_rows;
+  int w1_rows;
   int dim, block_size, block_stride;
   bool x_aligned, w1_aligned;
   int r = 0, column = 0;
@@ -142,12 +150,12 @@ struct HiddenProblem {
     const T* x_step = x + r * x_seq + column;
     const T* w1_step = w1 + int64_t{r} * dim + column;
     load_operand<OperandTile<Major::kK, kBlockM>, T>(
-        smem_a, dim - column, x_aligned, [&](int row) -> const T* {
+        smem_a, dim - column, x_aligned, [&](int row, int) -> const T* {
           const int64_t offset = tokens->x_offset[row];
           return offset < 0 ? nullptr : x_step + offset;
         });
     load_operand<OperandTile<Major::kK, kBlockN>, T>(
-        smem_b, dim - column, w1_aligned, [&](int row) -> const T* {
+        smem_b, dim - column, w1_aligned, [&](int row, int) -> const T* {
           return row < w1_rows ? w1_step + row * (int64_t{block_size} * dim) : nullptr;
         });
     column += kBlockK;
@@ -192,7 +200,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) mlp_hidden_kernel(HiddenArgs 
       static_cast<const T*>(args.w1) + (hw * sizes.hidden + first_column) * sizes.block_elements(),
       &tokens,
       args.x.seq,
-      sizes.hidden - first_column,
+      static_cast<int>(sizes.hidden - first_column),
       static_cast<int>(sizes.dim),
       sizes.seqs.block_size,
       sizes.seqs.block_stride,

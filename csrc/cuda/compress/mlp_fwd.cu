@@ -12,18 +12,18 @@ template <class T, int kBlockN>
 struct OutProblem {
   const T* hidden;  // of this head, at the first row of the tile
   const T* w2;      // of this weight head, at the first row of the tile
-  int64_t rows, hidden_stride, w2_rows, w2_stride;
+  int rows, hidden_stride, w2_rows, w2_stride;
   bool w2_aligned;
-  int64_t column = 0;
+  int column = 0;
 
   __device__ __forceinline__ void load(uint32_t smem_a, uint32_t smem_b) {
     load_operand<OperandTile<Major::kK, kBlockM>, T>(
-        smem_a, hidden_stride - column, true, [&](int row) -> const T* {
-          return row < rows ? hidden + row * hidden_stride + column : nullptr;
+        smem_a, hidden_stride - column, true, [&](int row, int) -> const T* {
+          return row < rows ? hidden + int64_t{row} * hidden_stride + column : nullptr;
         });
     load_operand<OperandTile<Major::kK, kBlockN>, T>(
-        smem_b, w2_stride - column, w2_aligned, [&](int row) -> const T* {
-          return row < w2_rows ? w2 + row * w2_stride + column : nullptr;
+        smem_b, w2_stride - column, w2_aligned, [&](int row, int) -> const T* {
+          return row < w2_rows ? w2 + int64_t{row} * w2_stride + column : nullptr;
         });
     column += kBlockK;
   }
@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   OutProblem<T, kBlockN> problem{
       hidden + (tile.head * sizes.seqs.rows + first_row) * sizes.padded_hidden,
       w2 + (hw * sizes.dim_out + first_column) * sizes.hidden,
-      sizes.seqs.rows - first_row,
-      sizes.padded_hidden,
-      sizes.dim_out - first_column,
-      sizes.hidden,
+      tile_rows(sizes.seqs, first_row),
+      static_cast<int>(sizes.padded_hidden),
+      static_cast<int>(sizes.dim_out - first_column),
+      static_cast<int>(sizes.hidden),
       w2_aligned};
   T* out_head = static_cast<T*>(out.ptr) + tile.head * out.head;
   if (b2) b2 += hw * sizes.dim_out;
