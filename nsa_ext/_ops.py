@@ -53,8 +53,10 @@ def _compressed(x: Tensor, dim: int, packed: bool, block_size: int, block_stride
     *rows, num_heads, _ = x.shape
     if packed:
         num_tokens = rows[-1] // block_stride
+    elif rows[-1] < block_size:
+        num_tokens = 0
     else:
-        num_tokens = torch.sym_max(0, (rows[-1] - block_size) // block_stride + 1)
+        num_tokens = (rows[-1] - block_size) // block_stride + 1
     return x.new_empty(*rows[:-1], num_tokens, num_heads, dim)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
-
 
 @dataclass(frozen=True)
 class NSAConfig:
@@ -75,7 +73,9 @@ class NSAConfig:
 
     def num_compressed(self, seqlen: int) -> int:
         """Tc: compressed tokens of a sequence of ``seqlen`` keys."""
-        return torch.sym_max(0, (seqlen - self.block_size) // self.block_stride + 1)
+        if seqlen < self.block_size:
+            return 0
+        return (seqlen - self.block_size) // self.block_stride + 1
 
     def num_select_blocks(self, seqlen: int) -> int:
         """Selection blocks of a sequence of ``seqlen`` keys, the last one possibly incomplete."""
