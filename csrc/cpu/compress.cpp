@@ -25,10 +25,11 @@ void check(const CompressShape& shape) {
   require(shape.dim >= 1, "dim must be at least 1");
   require(shape.weight_heads == 1 || shape.weight_heads == shape.heads,
           "weight_heads must be 1 or the number of heads");
+  require(!shape.cu_seqlens || shape.cu_seqlens[0] == 0, "cu_seqlens must start at 0");
   for (int64_t b = 0; shape.cu_seqlens && b < shape.batch; ++b)
-    require(shape.cu_seqlens[b] >= 0 && shape.cu_seqlens[b] <= shape.cu_seqlens[b + 1] &&
-                shape.cu_seqlens[b + 1] <= shape.total,
-            "cu_seqlens must ascend from 0 to at most the rows of x");
+    require(
+        shape.cu_seqlens[b] <= shape.cu_seqlens[b + 1] && shape.cu_seqlens[b + 1] <= shape.total,
+        "cu_seqlens must ascend to at most the rows of x");
 }
 
 template <class Params>
@@ -41,10 +42,10 @@ void check_mlp(const Params& params) {
 
 const CompressKernels& kernels() {
 #if NSA_CPU_DISPATCH
-  if (active_isa() == Isa::kAvx512) return compress_kernels_avx512();
-  if (active_isa() == Isa::kAvx2) return compress_kernels_avx2();
+  if (active_isa() == Isa::kAvx512) return avx512::kCompressKernels;
+  if (active_isa() == Isa::kAvx2) return avx2::kCompressKernels;
 #endif
-  return compress_kernels_baseline();
+  return baseline::kCompressKernels;
 }
 
 }  // namespace

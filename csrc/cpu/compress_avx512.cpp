@@ -1,4 +1,7 @@
-// Standard and shared headers come first: see target_avx512.h.
+#include "cpu/isa.h"
+
+#if NSA_CPU_DISPATCH
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -6,22 +9,12 @@
 
 #include "cpu/compress_kernels.h"
 #include "cpu/compress_plan.h"
-#include "cpu/isa.h"
 #include "cpu/schedule.h"
-
-#if NSA_CPU_DISPATCH
-
-// clang-format off
+// The target comes after every header whose code other translation units share.
 #include "cpu/target_avx512.h"
+// What it applies to.
 #include "cpu/compress_target.h"
-// clang-format on
-
-namespace nsa::cpu {
-
-const CompressKernels& compress_kernels_avx512() { return avx512::kCompressKernels; }
-
-}  // namespace nsa::cpu
-
+// The end.
 #include "cpu/target_end.h"
 
 #endif

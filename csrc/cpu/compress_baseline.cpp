@@ -1,4 +1,3 @@
-// Standard and shared headers come first: see target_avx512.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -6,18 +5,10 @@
 
 #include "cpu/compress_kernels.h"
 #include "cpu/compress_plan.h"
-#include "cpu/isa.h"
 #include "cpu/schedule.h"
-
-// clang-format off
+// The target comes after every header whose code other translation units share.
 #include "cpu/target_baseline.h"
+// What it applies to.
 #include "cpu/compress_target.h"
-// clang-format on
-
-namespace nsa::cpu {
-
-const CompressKernels& compress_kernels_baseline() { return baseline::kCompressKernels; }
-
-}  // namespace nsa::cpu
-
+// The end.
 #include "cpu/target_end.h"

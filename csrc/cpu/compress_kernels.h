@@ -12,8 +12,14 @@ struct CompressKernels {
   void (*mlp_bwd)(const CompressMlpBwd&, const Executor&);
 };
 
-const CompressKernels& compress_kernels_baseline();
-const CompressKernels& compress_kernels_avx2();
-const CompressKernels& compress_kernels_avx512();
+namespace avx512 {
+extern const CompressKernels kCompressKernels;
+}
+namespace avx2 {
+extern const CompressKernels kCompressKernels;
+}
+namespace baseline {
+extern const CompressKernels kCompressKernels;
+}
 
 }  // namespace nsa::cpu

@@ -1,4 +1,4 @@
-// The body of compress_{baseline,avx2,avx512}.cpp. Include a target_*.h first.
+// The table of compress_{avx512,avx2,baseline}.cpp. Include a target_*.h first.
 #pragma once
 
 #include "cpu/compress_kernels.h"
@@ -17,7 +17,7 @@ void by_compute_type(const Params& params, const Executor& executor) {
     kFloat(params, executor);
 }
 
-inline constexpr CompressKernels kCompressKernels = {
+const CompressKernels kCompressKernels = {
     by_compute_type<pool_fwd<double>, pool_fwd<float>, CompressPoolFwd>,
     by_compute_type<pool_bwd<double>, pool_bwd<float>, CompressPoolBwd>,
     by_compute_type<mlp_fwd<double>, mlp_fwd<float>, CompressMlpFwd>,
