@@ -92,7 +92,17 @@ def extension():
         }
         if "9.0" in archs():
             common.append("-DNSA_EXT_WITH_SM90A")
-    nvcc = [*common, *gencode_flags(), "-Xcompiler=-fvisibility=hidden", "-lineinfo"]
+    nvcc = [
+        *common,
+        *gencode_flags(),
+        "-Xcompiler=-fvisibility=hidden",
+        "-lineinfo",
+        # torch's flags switch these off; the kernels compile here as they do without torch.
+        "-U__CUDA_NO_HALF_OPERATORS__",
+        "-U__CUDA_NO_HALF_CONVERSIONS__",
+        "-U__CUDA_NO_HALF2_OPERATORS__",
+        "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    ]
     return cpp_extension.CppExtension(
         "nsa_ext._C",
         sorted(str(path.relative_to(ROOT)) for path in sources),
