@@ -6,7 +6,6 @@
 #include <cstring>
 
 #include "cpu/attn_kernels.h"
-#include "cpu/select.h"
 // The target comes after every header whose code other translation units share.
 #include "cpu/target_avx2.h"
 // What it applies to.

@@ -242,12 +242,31 @@ struct KeyTile {
       }
       row_scores(a, rows, p.shape.dim_qk, keys.keys_t, count, count, s);
       row_scores(b, rows, p.shape.dim_v, keys.values_t, count, count, ds);
-      for (int64_t r = 0; r < rows; ++r) weight_row(terms[r], spans[r], count, s[r], ds[r]);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (at + kQueryBatch + r < end * G) prefetch_row(item, list, at + kQueryBatch + r);
+        weight_row(terms[r], spans[r], count, s[r], ds[r]);
+      }
       gemm(Product<T>{rows, weights, count, dout, p.ld_v, dv_rows, 0, nullptr}, item.count,
            p.ld_v / kLanes<T>, Store::kAdd);
       gemm(Product<T>{rows, weight_grads, count, q, p.ld_qk, dk_rows, 0, nullptr}, item.count,
            p.ld_qk / kLanes<T>, Store::kAdd);
     }
+  }
+
+  /// A row of the next batch: the queries of a list are scattered over all of q and dout.
+  NSA_CPU_INLINE void prefetch_row(const KeyItem& item, const int32_t* list, int64_t at) const {
+    const Sequence& sequence = plan.sequences[item.sequence];
+    const int64_t index = at / plan.group, head = item.head * plan.group + at % plan.group;
+    const int64_t row = sequence.q_row + (list ? list[index] : index);
+    const int64_t size = dtype_size(plan.shape.dtype);
+    const InView &q_view = plan.q, &dout_view = plan.params->dout;
+    const char* q_row =
+        static_cast<const char*>(q_view.ptr) + offset_of(q_view, sequence.batch, row, head) * size;
+    const char* dout_row = static_cast<const char*>(dout_view.ptr) +
+                           offset_of(dout_view, sequence.batch, row, head) * size;
+    for (int64_t i = 0; i < plan.shape.dim_qk * size; i += 64) __builtin_prefetch(q_row + i, 0, 2);
+    for (int64_t i = 0; i < plan.shape.dim_v * size; i += 64)
+      __builtin_prefetch(dout_row + i, 0, 2);
   }
 
   Span span(int branch, int64_t t, int64_t begin) const {

@@ -20,7 +20,6 @@ struct FwdTile {
   const T** a;
   T **s, **c;
   T *cells, *importance;  // importance of compressed tokens spread to strides, and of blocks
-  Ranked<T>* heap;
   int64_t score_keys, score_stride = 0;
 
   FwdTile(const FwdPlan& plan, Carver& carver) : plan(plan), rows(plan, carver) {
@@ -45,8 +44,7 @@ struct FwdTile {
     const int64_t overlap = plan.config.block_size / plan.config.block_stride;
     const int64_t strides = plan.max_select_blocks * ratio + score_keys + 2 * kLanes<T>;
     cells = carver.take<T>(selects ? 2 * (strides + overlap) : 0);
-    importance = carver.take<T>(selects ? plan.max_select_blocks + 1 : 0);
-    heap = carver.take<Ranked<T>>(selects ? plan.index_count : 0);
+    importance = carver.take<T>(selects ? plan.max_select_blocks + kLanes<T> : 0);
   }
 
   /// One step of the online softmax: scores, weights in their place, output.
@@ -166,11 +164,11 @@ struct FwdTile {
       for (int64_t j = 0; j < blocks; ++j) {
         T total = 0;
         for (int64_t k = 0; k < ratio; ++k) total += shared[j * ratio + k];
-        importance[j] = total;
+        importance[j] = total >= 0 ? total : T(0);  // a NaN of bad inputs is least important
       }
     }
     const View<int32_t>& to = plan.params->block_indices;
-    select_blocks(importance, t, config, plan.index_count, heap,
+    select_blocks(importance, t, config, plan.index_count,
                   to.ptr + offset_of(to, sequence.batch, sequence.q_row + i, item.head));
   }
 

@@ -1,4 +1,5 @@
-// Rows of any dtype to and from the compute type: double for float64, float for the others. Include
+// Rows of any dtype to and from the compute type: double for float64, float for the others
+// (T below, always that of the dtype). Include
 // a target_*.h first.
 #pragma once
 
@@ -61,57 +62,42 @@ inline int64_t dtype_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+/// dst[i] = scale * src[i] where nothing is converted. src and dst do not overlap.
+template <class T>
+NSA_CPU_INLINE void copy_scaled(const T* src, int64_t n, T scale, T* dst) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store(dst + i, load(src + i) * scale);
+  for (; i < n; ++i) dst[i] = src[i] * scale;
+}
+
 /// dst[i] = scale * src[offset + i] in the compute type, i < n.
 template <class T>
-void load_row(DType dtype, const void* src, int64_t offset, int64_t n, T scale, T* dst) {
-  switch (dtype) {
-    case DType::kFloat64: {
-      const double* p = static_cast<const double*>(src) + offset;
-      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(p[i]) * scale;
-      break;
-    }
-    case DType::kFloat32: {
-      const float* p = static_cast<const float*>(src) + offset;
-      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(p[i]) * scale;
-      break;
-    }
-    case DType::kBFloat16: {
-      const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
-      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(from_bfloat16(p[i])) * scale;
-      break;
-    }
-    case DType::kFloat16: {
-      const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
-      for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(from_float16(p[i])) * scale;
-      break;
-    }
+void load_row(DType dtype, const void* src, int64_t offset, int64_t n, T scale, T* __restrict dst) {
+  if (dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32)) {
+    copy_scaled(static_cast<const T*>(src) + offset, n, scale, dst);
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(src) + offset;
+  if (dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(from_bfloat16(p[i])) * scale;
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<T>(from_float16(p[i])) * scale;
   }
 }
 
 /// dst[offset + i] = scale * src[i], rounded once, i < n.
 template <class T>
-void store_row(DType dtype, void* dst, int64_t offset, int64_t n, T scale, const T* src) {
-  switch (dtype) {
-    case DType::kFloat64: {
-      double* p = static_cast<double*>(dst) + offset;
-      for (int64_t i = 0; i < n; ++i) p[i] = static_cast<double>(src[i] * scale);
-      break;
-    }
-    case DType::kFloat32: {
-      float* p = static_cast<float*>(dst) + offset;
-      for (int64_t i = 0; i < n; ++i) p[i] = static_cast<float>(src[i] * scale);
-      break;
-    }
-    case DType::kBFloat16: {
-      uint16_t* p = static_cast<uint16_t*>(dst) + offset;
-      for (int64_t i = 0; i < n; ++i) p[i] = to_bfloat16(static_cast<float>(src[i] * scale));
-      break;
-    }
-    case DType::kFloat16: {
-      uint16_t* p = static_cast<uint16_t*>(dst) + offset;
-      for (int64_t i = 0; i < n; ++i) p[i] = to_float16(static_cast<float>(src[i] * scale));
-      break;
-    }
+void store_row(DType dtype, void* dst, int64_t offset, int64_t n, T scale,
+               const T* __restrict src) {
+  if (dtype == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32)) {
+    copy_scaled(src, n, scale, static_cast<T*>(dst) + offset);
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(dst) + offset;
+  if (dtype == DType::kBFloat16) {
+    for (int64_t i = 0; i < n; ++i) p[i] = to_bfloat16(static_cast<float>(src[i] * scale));
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = to_float16(static_cast<float>(src[i] * scale));
   }
 }
 
