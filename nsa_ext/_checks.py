@@ -139,7 +139,9 @@ def check_v(name: str, v: Tensor, k: Tensor, dims: tuple[str, ...], dim_v: int |
 
 
 def check_gates(gates: Tensor, q: Tensor, packed: bool) -> None:
-    check_tensor("gates", gates, (*_rows(packed, "q"), "Hq", "3"), (*q.shape[:-1], 3), like=q)
+    check_tensor(
+        "gates", gates, (*_rows(packed, "q"), "Hq", "branches"), (*q.shape[:-1], 3), like=q
+    )
 
 
 def check_block_indices(block_indices: Tensor, q: Tensor, k: Tensor, packed: bool) -> None:

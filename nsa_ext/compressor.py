@@ -207,7 +207,7 @@ class KVCompressor(nn.Module):
         check_compress_input(k, v, packed, self.num_kv_heads, self.head_dim, self.head_dim_v)
         if packed:
             max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, k.shape[0])
-        elif max_seqlen_k is None:
+        else:
             max_seqlen_k = k.shape[1]
         return (
             self.phi_k(k, cu_seqlens_k, max_seqlen_k),
