@@ -19,9 +19,10 @@ __global__ void __launch_bounds__(256)
   const int64_t column = index % pieces * 8, head_row = index / pieces;
   const int64_t head = head_row / sizes.seqs.rows, row = head_row % sizes.seqs.rows;
   const TokenPosition at = token_position(sizes.seqs, row);
-  if (head == 0 && column == 0) x_offset[row] = at.used ? at.batch * x.batch + at.key * x.seq : -1;
+  if (head == 0 && column == 0)
+    x_offset[row] = at.used() ? at.batch * x.batch + at.key * x.seq : -1;
   uint4 piece = {};
-  if (at.used) {
+  if (at.used()) {
     const T* src = static_cast<const T*>(dout.ptr) + at.batch * dout.batch + at.token * dout.seq +
                    head * dout.head + column;
     if (aligned && column + 8 <= sizes.dim_out) {
@@ -60,19 +61,13 @@ struct DpreProblem {
   }
 };
 
-/// d gelu / dx, and gelu itself: x Phi(x) with the normal distribution Phi and its density phi.
-__device__ __forceinline__ void gelu_and_derivative(float x, float& value, float& derivative) {
-  const float cdf = 0.5f * (1.f + erff(x * 0.70710678118654752f));
-  value = x * cdf;
-  derivative = fmaf(x * 0.39894228040143268f, __expf(-0.5f * x * x), cdf);
-}
-
 /// dpre = (dout W2) * gelu'(pre) and hidden = gelu(pre).
 template <class T, int kBlockN>
 __global__ void __launch_bounds__(kGemmThreads, 2)
-    mlp_dpre_kernel(MlpSizes sizes, const T* dout, const T* w2, const float* pre, T* hidden,
-                    T* dpre, bool w2_aligned) {
-  const TileIndex tile(sizes.heads, ceil_div<int64_t>(sizes.hidden, kBlockN));
+    mlp_dpre_kernel(HiddenPartials partials, const T* dout, const T* w2, T* hidden, T* dpre,
+                    bool w2_aligned) {
+  const MlpSizes& sizes = partials.sizes;
+  const TileIndex tile(blockIdx.x, sizes.heads, ceil_div<int64_t>(sizes.hidden, kBlockN));
   const int64_t first_row = tile.m * kBlockM, first_column = tile.n * kBlockN;
   const int64_t head_row = tile.head * sizes.seqs.rows + first_row;
   DpreProblem<T, kBlockN> problem{
@@ -89,12 +84,12 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
         const int64_t column = first_column + tile_column;
         if (column >= sizes.padded_hidden || first_row + row >= sizes.seqs.rows) return;
         const int64_t offset = (head_row + row) * sizes.padded_hidden + column;
-        const float4 x = *reinterpret_cast<const float4*>(pre + offset);
+        const float4 x = partials.pre(tile.head, first_row + row, column);
         float4 value, derivative;
-        gelu_and_derivative(x.x, value.x, derivative.x);
-        gelu_and_derivative(x.y, value.y, derivative.y);
-        gelu_and_derivative(x.z, value.z, derivative.z);
-        gelu_and_derivative(x.w, value.w, derivative.w);
+        gelu(x.x, value.x, derivative.x);
+        gelu(x.y, value.y, derivative.y);
+        gelu(x.z, value.z, derivative.z);
+        gelu(x.w, value.w, derivative.w);
         *reinterpret_cast<uint2*>(hidden + offset) =
             make_uint2(pack2<T>(value.x, value.y), pack2<T>(value.z, value.w));
         *reinterpret_cast<uint2*>(dpre + offset) =
@@ -103,61 +98,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       });
 }
 
-// dx. The keys of a sequence are cut into segments of d; key j*d + r of segment j is covered by the
-// tokens c = j, j-1, .., j - l/d + 1 at their offsets r, d + r, .., so for each r in [0, d)
+// dx, over the segments of rows.cuh: for each r in [0, d)
 //   dx[j*d + r] = sum_i dpre[j - i] W1[:, (i*d + r)*D : (i*d + r + 1)*D],
-// a GEMM over the segments with k = (i, hidden): no two threads write one key. The segments of a
-// packed batch are counted so that those of sequence b start at cu_seqlens[b] / d + b, which leaves
-// room for an incomplete last one; rows of x behind the last sequence count as one more sequence.
-
-__host__ __device__ int64_t num_segments(const Sequences& seqs) {
-  if (seqs.cu_seqlens) return seqs.keys / seqs.block_stride + seqs.batch + 1;
-  return seqs.batch * ceil_div<int64_t>(seqs.seqlen, seqs.block_stride);
-}
-
-struct SegmentPosition {
-  int64_t batch, key;     // of the segment's first key, in x
-  int64_t keys;           // how many keys it has, at most d, maybe none
-  int64_t j;              // its index in its sequence
-  int64_t token, tokens;  // row of the sequence's token 0, and how many tokens it has
-};
-
-__device__ __forceinline__ SegmentPosition segment_position(const Sequences& seqs,
-                                                            int64_t segment) {
-  int64_t b, first, start, length, token;
-  if (!seqs.cu_seqlens) {
-    const int64_t per_sequence = ceil_div<int64_t>(seqs.seqlen, seqs.block_stride);
-    b = segment / per_sequence;
-    first = b * per_sequence;
-    start = 0;
-    length = seqs.seqlen;
-    token = b * seqs.tokens;
-  } else {
-    int64_t lo = 0, hi = seqs.batch + 1;
-    while (lo < hi) {
-      const int64_t mid = (lo + hi) / 2;
-      if (__ldg(seqs.cu_seqlens + mid) / seqs.block_stride + mid <= segment)
-        lo = mid + 1;
-      else
-        hi = mid;
-    }
-    b = lo - 1;
-    start = __ldg(seqs.cu_seqlens + b);
-    first = start / seqs.block_stride + b;
-    length = (b < seqs.batch ? __ldg(seqs.cu_seqlens + b + 1) : seqs.keys) - start;
-    token = packed_row(start, seqs.block_stride);
-  }
-  const int64_t j = segment - first, rest = length - j * seqs.block_stride;
-  const int64_t tokens = seqs.cu_seqlens && b == seqs.batch
-                             ? 0
-                             : num_compressed(length, seqs.block_size, seqs.block_stride);
-  return {seqs.cu_seqlens ? 0 : b,
-          start + j * seqs.block_stride,
-          rest < seqs.block_stride ? rest : int64_t{seqs.block_stride},
-          j,
-          token,
-          tokens};
-}
+// a GEMM with k = (i, hidden). No two threads write one key.
 
 struct SegmentTile {
   int64_t dx_offset[kBlockM];  // of key j*d + r; -1: there is none
@@ -211,7 +154,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
     if (first_segment + i >= num_segments(seqs)) continue;
     const SegmentPosition at = segment_position(seqs, first_segment + i);
     if (r < at.keys) segments.dx_offset[i] = at.batch * dx.batch + (at.key + r) * dx.seq;
-    segments.row[i] = static_cast<int32_t>(at.token + at.j);
+    segments.row[i] = static_cast<int32_t>(at.row);
     segments.j[i] = static_cast<int32_t>(at.j);
     segments.tokens[i] = static_cast<int32_t>(at.tokens);
   }
@@ -247,8 +190,7 @@ MlpBwdWorkspace layout(const CompressMlpBwd& p, const MlpSizes& sizes, void* bas
   w.dpre = w.dout;
   w.splits = mlp_bwd_splits(sizes);
   if (p.w2) {
-    w.bias = cursor.take<float>(sizes.weight_heads * sizes.padded_hidden);
-    w.pre = cursor.take<float>(head_rows * sizes.padded_hidden);
+    w.partials = hidden_partials(sizes, cursor);
     w.hidden = cursor.take<uint16_t>(head_rows * sizes.padded_hidden);
     w.dpre = cursor.take<uint16_t>(head_rows * sizes.padded_hidden);
     w.w2_partial =
@@ -266,19 +208,15 @@ MlpBwdWorkspace layout(const CompressMlpBwd& p, const MlpSizes& sizes, void* bas
 template <class T>
 void mlp_dpre(const CompressMlpBwd& p, const MlpSizes& sizes, const MlpBwdWorkspace& w,
               cudaStream_t stream) {
-  mlp_bias<T>(sizes, p.w1, p.b1, p.pos, w.bias, stream);
-  const HiddenArgs hidden{
-      sizes, p.x, p.w1, w.bias, w.pre, {}, rows_aligned16(p.x), is_aligned16(p.w1), false};
-  mlp_hidden<T, HiddenResult::kPre>(hidden, stream);
   dispatch_block_n(sizes.hidden, [&](auto block_n) {
     constexpr int kBlockN = block_n.value;
     launch_gemm("mlp_dpre_kernel", mlp_dpre_kernel<T, kBlockN>,
                 ceil_div<int64_t>(sizes.seqs.rows, kBlockM) * sizes.heads *
                     ceil_div<int64_t>(sizes.hidden, kBlockN),
-                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, sizes,
+                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, w.partials,
                 static_cast<const T*>(w.dout), static_cast<const T*>(p.w2),
-                static_cast<const float*>(w.pre), static_cast<T*>(w.hidden),
-                static_cast<T*>(w.dpre), is_aligned16(p.w2) && sizes.hidden % 8 == 0);
+                static_cast<T*>(w.hidden), static_cast<T*>(w.dpre),
+                is_aligned16(p.w2) && sizes.hidden % 8 == 0);
   });
 }
 
@@ -318,7 +256,11 @@ void compress_mlp_bwd(const CompressMlpBwd& params, void* workspace, Stream cuda
           sizes, params.x, params.dout, rows_aligned16(params.dout), static_cast<T*>(w.dout),
           w.x_offset);
       check_launch("mlp_gather_dout_kernel");
-      if (params.w2) mlp_dpre<T>(params, sizes, w, stream);
+      if (params.w2) {
+        mlp_hidden(params.shape.dtype, w.partials, params.x, params.w1, params.b1, params.pos,
+                   stream);
+        mlp_dpre<T>(params, sizes, w, stream);
+      }
     }
     if (params.dx.ptr) mlp_dx<T>(params, sizes, w, stream);
   });

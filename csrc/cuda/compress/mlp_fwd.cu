@@ -7,6 +7,35 @@ namespace nsa::cuda {
 namespace compress {
 namespace {
 
+/// hidden = gelu(pre) in T, (heads, rows, padded_hidden); or, for `linear`, out = pre. One thread
+/// for four columns.
+template <class T, bool kLinear>
+__global__ void __launch_bounds__(256, 4)
+    mlp_activation_kernel(HiddenPartials partials, T* hidden, OutView out, bool out_aligned) {
+  const MlpSizes& sizes = partials.sizes;
+  const int64_t pieces = sizes.padded_hidden / 4;
+  const int64_t index = blockIdx.x * int64_t{256} + threadIdx.x;
+  if (index >= sizes.heads * sizes.seqs.rows * pieces) return;
+  const int64_t column = index % pieces * 4, head_row = index / pieces;
+  const int64_t head = head_row / sizes.seqs.rows, row = head_row % sizes.seqs.rows;
+  float4 v = partials.pre(head, row, column);
+  if constexpr (kLinear) {
+    const TokenPosition at = token_position(sizes.seqs, row);
+    if (!at.used()) v = {};
+    store4<T>(
+        static_cast<T*>(out.ptr) + at.batch * out.batch + at.token * out.seq + head * out.head,
+        column, sizes.dim_out, out_aligned, v);
+  } else {
+    float derivative;
+    gelu(v.x, v.x, derivative);
+    gelu(v.y, v.y, derivative);
+    gelu(v.z, v.z, derivative);
+    gelu(v.w, v.w, derivative);
+    *reinterpret_cast<uint2*>(hidden + head_row * sizes.padded_hidden + column) =
+        make_uint2(pack2<T>(v.x, v.y), pack2<T>(v.z, v.w));
+  }
+}
+
 /// A = gelu(pre), B = W2, both with k = hidden contiguous.
 template <class T, int kBlockN>
 struct OutProblem {
@@ -31,13 +60,22 @@ struct OutProblem {
 
 template <class T, int kBlockN>
 __global__ void __launch_bounds__(kGemmThreads, 2)
-    mlp_out_kernel(MlpSizes sizes, const T* hidden, InView x, const T* w2, const T* b2, OutView out,
+    mlp_out_kernel(MlpSizes sizes, const T* hidden, const T* w2, const T* b2, OutView out,
                    bool w2_aligned, bool out_aligned) {
-  __shared__ TokenTile tokens;
-  const TileIndex tile(sizes.heads, ceil_div<int64_t>(sizes.dim_out, kBlockN));
+  __shared__ int64_t out_offset[kBlockM];  // -1: there is no such row
+  __shared__ bool used[kBlockM];           // false: it holds no token, and is zero
+  const TileIndex tile(blockIdx.x, sizes.heads, ceil_div<int64_t>(sizes.dim_out, kBlockN));
   const int64_t hw = sizes.weight_head(tile.head);
   const int64_t first_row = tile.m * kBlockM, first_column = tile.n * kBlockN;
-  tokens.fill(sizes.seqs, first_row, x, out);
+  for (int i = threadIdx.x; i < kBlockM; i += kGemmThreads) {
+    out_offset[i] = -1;
+    used[i] = false;
+    if (first_row + i >= sizes.seqs.rows) continue;
+    const TokenPosition at = token_position(sizes.seqs, first_row + i);
+    out_offset[i] = at.batch * out.batch + at.token * out.seq;
+    used[i] = at.used();
+  }
+  __syncthreads();
   OutProblem<T, kBlockN> problem{
       hidden + (tile.head * sizes.seqs.rows + first_row) * sizes.padded_hidden,
       w2 + (hw * sizes.dim_out + first_column) * sizes.hidden,
@@ -51,29 +89,39 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   gemm_tile<T, Major::kK, Major::kK, kBlockN>(
       ceil_div<int64_t>(sizes.hidden, kBlockK), problem, [&](int row, int tile_column, float4 v) {
         const int64_t column = first_column + tile_column;
-        if (tokens.out_offset[row] < 0) return;
+        if (out_offset[row] < 0) return;
         float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (b2 && column + i < sizes.dim_out) values[i] += to_float(b2[column + i]);
         v = make_float4(values[0], values[1], values[2], values[3]);
-        if (tokens.x_offset[row] < 0) v = {};
-        store4<T>(out_head + tokens.out_offset[row], column, sizes.dim_out, out_aligned, v);
+        if (!used[row]) v = {};
+        store4<T>(out_head + out_offset[row], column, sizes.dim_out, out_aligned, v);
       });
 }
 
 struct MlpFwdWorkspace {
-  float* bias;   // (Hw, padded_hidden)
+  HiddenPartials partials;
   void* hidden;  // (heads, rows, padded_hidden) of the inputs' dtype; none when linear
   int64_t bytes;
 };
 MlpFwdWorkspace layout(const CompressMlpFwd& p, const MlpSizes& sizes, void* base) {
   WorkspaceCursor cursor(base);
   MlpFwdWorkspace w{};
-  w.bias = cursor.take<float>(sizes.weight_heads * sizes.padded_hidden);
+  w.partials = hidden_partials(sizes, cursor);
   if (p.w2) w.hidden = cursor.take<uint16_t>(sizes.heads * sizes.seqs.rows * sizes.padded_hidden);
   w.bytes = cursor.bytes();
   return w;
+}
+
+template <class T, bool kLinear>
+void mlp_activation(const MlpFwdWorkspace& w, const OutView& out, cudaStream_t stream) {
+  const MlpSizes& sizes = w.partials.sizes;
+  const int64_t threads = sizes.heads * sizes.seqs.rows * (sizes.padded_hidden / 4);
+  if (threads == 0) return;
+  mlp_activation_kernel<T, kLinear><<<grid_size(ceil_div<int64_t>(threads, 256)), 256, 0, stream>>>(
+      w.partials, static_cast<T*>(w.hidden), out, rows_aligned16(out));
+  check_launch("mlp_activation_kernel");
 }
 
 }  // namespace
@@ -89,30 +137,20 @@ void compress_mlp_fwd(const CompressMlpFwd& params, void* workspace, Stream cuda
   const MlpSizes sizes = mlp_sizes(params);
   if (sizes.seqs.rows == 0 || sizes.heads == 0 || sizes.dim_out == 0) return;
   const MlpFwdWorkspace w = layout(params, sizes, workspace);
-  const bool out_aligned = rows_aligned16(params.out);
-  const HiddenArgs hidden{sizes,
-                          params.x,
-                          params.w1,
-                          w.bias,
-                          w.hidden,
-                          params.out,
-                          rows_aligned16(params.x),
-                          is_aligned16(params.w1),
-                          out_aligned};
+  mlp_hidden(params.shape.dtype, w.partials, params.x, params.w1, params.b1, params.pos, stream);
   dispatch_dtype(params.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    mlp_bias<T>(sizes, params.w1, params.b1, params.pos, w.bias, stream);
-    if (!params.w2) return mlp_hidden<T, HiddenResult::kOut>(hidden, stream);
-    mlp_hidden<T, HiddenResult::kGelu>(hidden, stream);
+    if (!params.w2) return mlp_activation<T, true>(w, params.out, stream);
+    mlp_activation<T, false>(w, params.out, stream);
     dispatch_block_n(sizes.dim_out, [&](auto block_n) {
       constexpr int kBlockN = block_n.value;
       launch_gemm("mlp_out_kernel", mlp_out_kernel<T, kBlockN>,
                   ceil_div<int64_t>(sizes.seqs.rows, kBlockM) * sizes.heads *
                       ceil_div<int64_t>(sizes.dim_out, kBlockN),
                   gemm_shared_bytes<Major::kK, Major::kK, kBlockN>(), stream, sizes,
-                  static_cast<const T*>(w.hidden), params.x, static_cast<const T*>(params.w2),
+                  static_cast<const T*>(w.hidden), static_cast<const T*>(params.w2),
                   static_cast<const T*>(params.b2), params.out,
-                  is_aligned16(params.w2) && sizes.hidden % 8 == 0, out_aligned);
+                  is_aligned16(params.w2) && sizes.hidden % 8 == 0, rows_aligned16(params.out));
     });
   });
 }

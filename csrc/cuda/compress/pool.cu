@@ -1,8 +1,9 @@
 // phi of kinds `mean` and `weighted`: out[c] = sum_r weight[r] * (x[c*d+r] + pos[r]).
 //
 // All of it is bound by memory. A thread owns 8 elements (16 bytes) of the head dim, D/8 threads
-// ("lanes") a row, and a block of threads takes 256 / lanes rows ("slots") at a time. A key is read
-// by l/d tokens; those reads after the first come from L1 or L2.
+// ("lanes") a row, and a block of threads takes 256 / lanes rows ("slots") at a time. The overlap
+// l/d of the blocks is a template argument where it is 1 or 2 (else 0), so that a run of tokens
+// reads each key, and a segment of keys reads each dout, once.
 
 #include <algorithm>
 
@@ -15,7 +16,8 @@ namespace compress {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kKeysPerSlot = 4;      // keys that a thread of pool_bwd_dx_kernel handles
+constexpr int kRun = 4;  // consecutive tokens of a thread of pool_fwd_run_kernel
+constexpr int64_t kMinRunThreads = 32 * 1024;  // fewer than 256 threads an SM: don't use runs
 constexpr int kRowsPerTile = 64;     // rows whose offsets pool_bwd_weight_kernel keeps at a time
 constexpr int kOffsetsPerPass = 2;   // offsets r within a block that it sums at a time
 constexpr int64_t kMinChunk = 16;    // rows of a partial sum: enough blocks to fill the GPU at
@@ -37,86 +39,162 @@ Tile make_tile(int64_t dim) {
   return {lanes, kThreads / lanes};
 }
 
+/// The weights and the position encoding of a head, and this lane's columns of x and out.
+template <class T, bool kAligned>
+struct PoolHead {
+  const T* x;       // of this head, from this lane's column on
+  const T* weight;  // (l) or null
+  const T* pos;     // (l, D), from this lane's column on, or null
+  T* out;
+  float scale;  // of the sum
+
+  __device__ __forceinline__ PoolHead(const CompressPoolFwd& p, int64_t head, int64_t column) {
+    const CompressShape& shape = p.shape;
+    const int64_t first = (shape.weight_heads == 1 ? 0 : head) * shape.block_size;
+    x = static_cast<const T*>(p.x.ptr) + head * p.x.head + column;
+    weight = p.weight ? static_cast<const T*>(p.weight) + first : nullptr;
+    pos = p.pos ? static_cast<const T*>(p.pos) + first * shape.dim + column : nullptr;
+    out = static_cast<T*>(p.out.ptr) + head * p.out.head + column;
+    scale = weight ? 1.f : 1.f / static_cast<float>(shape.block_size);
+  }
+  /// sum += weight[r] * (key + pos[r])
+  __device__ __forceinline__ void add(const float (&key)[8], int r, int64_t dim,
+                                      float (&sum)[8]) const {
+    const float w = weight ? to_float(weight[r]) : 1.f;
+    if (pos) {
+      float shift[8];
+      unpack8<T>(load8<T, kAligned>(pos + r * dim), shift);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, key[i] + shift[i], sum[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, key[i], sum[i]);
+    }
+  }
+  __device__ __forceinline__ void store(int64_t offset, float (&sum)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] *= scale;
+    store8<T, kAligned>(out + offset, sum);
+  }
+};
+
+/// One row by one thread.
+template <class T, bool kAligned>
+__device__ __forceinline__ void pool_row(const CompressPoolFwd& p,
+                                         const PoolHead<T, kAligned>& head,
+                                         const TokenPosition& at) {
+  float sum[8] = {};
+  if (at.used()) {
+    const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
+#pragma unroll 8
+    for (int r = 0; r < p.shape.block_size; ++r) {
+      float key[8];
+      unpack8<T>(load8<T, kAligned>(x + r * p.x.seq), key);
+      head.add(key, r, p.shape.dim, sum);
+    }
+  }
+  head.store(at.batch * p.out.batch + at.token * p.out.seq, sum);
+}
+
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     pool_fwd_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
-  const CompressShape& shape = p.shape;
-  const int64_t head = blockIdx.x % shape.heads;
-  const int64_t row = blockIdx.x / shape.heads * tile.slots + tile.slot();
+  const int64_t row = blockIdx.x / p.shape.heads * tile.slots + tile.slot();
   if (tile.slot() >= tile.slots || row >= seqs.rows) return;
-  const int64_t column = 8 * tile.lane();
-  const TokenPosition at = token_position(seqs, row);
-
-  float sum[8] = {};
-  if (at.used) {
-    const int64_t hw = shape.weight_heads == 1 ? 0 : head;
-    const T* x = static_cast<const T*>(p.x.ptr) + at.batch * p.x.batch + at.key * p.x.seq +
-                 head * p.x.head + column;
-    const T* weight = p.weight ? static_cast<const T*>(p.weight) + hw * shape.block_size : nullptr;
-    const T* pos =
-        p.pos ? static_cast<const T*>(p.pos) + hw * shape.block_size * shape.dim + column : nullptr;
-#pragma unroll 8
-    for (int r = 0; r < shape.block_size; ++r) {
-      float value[8];
-      unpack8<T>(load8<T, kAligned>(x + r * p.x.seq), value);
-      if (pos) {
-        float shift[8];
-        unpack8<T>(load8<T, kAligned>(pos + r * shape.dim), shift);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) value[i] += shift[i];
-      }
-      const float w = weight ? to_float(weight[r]) : 1.f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, value[i], sum[i]);
-    }
-    if (!weight) {
-      const float scale = 1.f / static_cast<float>(shape.block_size);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] *= scale;
-    }
-  }
-  T* out = static_cast<T*>(p.out.ptr) + at.batch * p.out.batch + at.token * p.out.seq +
-           head * p.out.head + column;
-  store8<T, kAligned>(out, sum);
+  const PoolHead<T, kAligned> head(p, blockIdx.x % p.shape.heads, 8 * tile.lane());
+  pool_row<T, kAligned>(p, head, token_position(seqs, row));
 }
 
-/// dx[s] = sum over the tokens c that cover key s of weight[s - c*d] * dout[c]: a gather, so that
-/// no two threads write one key, and keys that no token covers become zero.
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+/// kRun consecutive rows by one thread, which reads each of their keys once: segment j of d keys is
+/// part of the kOverlap tokens j, j-1, .., whose sums are carried along. The order of every sum is
+/// that of pool_row, so the bits are too.
+template <class T, int kOverlap>
+__global__ void __launch_bounds__(kThreads, 3)
+    pool_fwd_run_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
+  const int64_t first = (blockIdx.x / p.shape.heads * tile.slots + tile.slot()) * kRun;
+  if (tile.slot() >= tile.slots || first >= seqs.rows) return;
+  const PoolHead<T, true> head(p, blockIdx.x % p.shape.heads, 8 * tile.lane());
+  const TokenPosition at = token_position(seqs, first);
+  if (at.left < kRun) {  // the run leaves the sequence
+    for (int64_t row = first; row < first + kRun && row < seqs.rows; ++row)
+      pool_row<T, true>(p, head, token_position(seqs, row));
+    return;
+  }
+  const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
+  const int d = p.shape.block_stride;
+  float sum[kOverlap][8] = {};
+#pragma unroll 1
+  for (int j = 0; j < kRun + kOverlap - 1; ++j) {
+#pragma unroll 8
+    for (int r = 0; r < d; ++r) {
+      float key[8];
+      unpack8<T>(load8<T, true>(x), key);
+      x += p.x.seq;
+#pragma unroll
+      for (int i = 0; i < kOverlap; ++i) head.add(key, i * d + r, p.shape.dim, sum[i]);
+    }
+    const int done = j - (kOverlap - 1);  // the token that ends with this segment
+    if (done >= 0)
+      head.store(at.batch * p.out.batch + (at.token + done) * p.out.seq, sum[kOverlap - 1]);
+#pragma unroll
+    for (int i = kOverlap - 1; i >= 0; --i) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[i][k] = i ? sum[i - 1][k] : 0.f;
+    }
+  }
+}
+
+/// dx[s] = sum over the tokens c that cover key s of weight[s - c*d] * dout[c], for the keys of a
+/// segment: a gather, so that no two threads write one key, and keys that no token covers become
+/// zero.
+template <class T, bool kAligned, int kOverlap>
+__global__ void __launch_bounds__(kThreads, 4)
     pool_bwd_dx_kernel(CompressPoolBwd p, Sequences seqs, Tile tile) {
   const CompressShape& shape = p.shape;
   const int64_t head = blockIdx.x % shape.heads;
-  const int64_t first = blockIdx.x / shape.heads * (tile.slots * kKeysPerSlot) + tile.slot();
-  if (tile.slot() >= tile.slots) return;
+  const int64_t segment = blockIdx.x / shape.heads * tile.slots + tile.slot();
+  if (tile.slot() >= tile.slots || segment >= num_segments(seqs)) return;
   const int64_t column = 8 * tile.lane();
   const T* weight = p.weight ? static_cast<const T*>(p.weight) +
                                    (shape.weight_heads == 1 ? 0 : head) * shape.block_size
                              : nullptr;
   const float mean_weight = 1.f / static_cast<float>(shape.block_size);
+  const SegmentPosition at = segment_position(seqs, segment);
+  const int d = shape.block_stride;
+  const T* dout = static_cast<const T*>(p.dout.ptr) + at.batch * p.dout.batch +
+                  at.token * p.dout.seq + head * p.dout.head + column;
+  T* dx = static_cast<T*>(p.dx.ptr) + at.batch * p.dx.batch + at.key * p.dx.seq + head * p.dx.head +
+          column;
+  // Token j - i, or zeros where the sequence has none.
+  const auto load_grad = [&](int i, float (&grad)[8]) {
+    const bool exists = at.j >= i && at.j - i < at.tokens;
+    unpack8<T>(exists ? load8<T, kAligned>(dout - i * p.dout.seq) : uint4{}, grad);
+  };
+  const auto add = [&](const float (&grad)[8], int r, float (&sum)[8]) {
+    const float w = weight ? to_float(weight[r]) : mean_weight;
 #pragma unroll
-  for (int i = 0; i < kKeysPerSlot; ++i) {
-    const int64_t index = first + i * tile.slots;
-    if (index >= seqs.keys) return;
-    const KeyPosition at = key_position(seqs, index);
-    const int64_t own = at.s / shape.block_stride;  // the last token that starts at or before s
-    const int64_t begin =
-        at.s < shape.block_size ? 0 : (at.s - shape.block_size) / shape.block_stride + 1;
-    const int64_t end = own < at.tokens ? own + 1 : at.tokens;
-    const T* dout = static_cast<const T*>(p.dout.ptr) + at.batch * p.dout.batch +
-                    at.token * p.dout.seq + head * p.dout.head + column;
-    float sum[8] = {};
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t r = at.s - c * shape.block_stride;
-      const float w = weight ? to_float(weight[r]) : mean_weight;
-      float value[8];
-      unpack8<T>(load8<T, kAligned>(dout + c * p.dout.seq), value);
+    for (int k = 0; k < 8; ++k) sum[k] = fmaf(w, grad[k], sum[k]);
+  };
+  if constexpr (kOverlap > 0) {
+    float grad[kOverlap][8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum[j] = fmaf(w, value[j], sum[j]);
+    for (int i = 0; i < kOverlap; ++i) load_grad(i, grad[i]);
+#pragma unroll 4
+    for (int r = 0; r < at.keys; ++r) {
+      float sum[8] = {};
+#pragma unroll
+      for (int i = 0; i < kOverlap; ++i) add(grad[i], i * d + r, sum);
+      store8<T, kAligned>(dx + r * p.dx.seq, sum);
     }
-    T* dx = static_cast<T*>(p.dx.ptr) + at.batch * p.dx.batch + at.key * p.dx.seq +
-            head * p.dx.head + column;
-    store8<T, kAligned>(dx, sum);
+  } else {
+    for (int r = 0; r < at.keys; ++r) {
+      float sum[8] = {}, grad[8];
+      for (int i = 0; i < shape.block_size / d; ++i) {
+        load_grad(i, grad);
+        add(grad, i * d + r, sum);
+      }
+      store8<T, kAligned>(dx + r * p.dx.seq, sum);
+    }
   }
 }
 
@@ -147,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       __syncthreads();
       for (int i = threadIdx.x; i < count; i += kThreads) {
         const TokenPosition at = token_position(seqs, begin + i);
-        x_offset[i] = at.used ? at.batch * p.x.batch + at.key * p.x.seq : -1;
+        x_offset[i] = at.used() ? at.batch * p.x.batch + at.key * p.x.seq : -1;
         dout_offset[i] = at.batch * p.dout.batch + at.token * p.dout.seq;
       }
       __syncthreads();
@@ -239,35 +317,50 @@ PoolBwdWorkspace layout(const CompressPoolBwd& p, void* base) {
   return w;
 }
 
+/// Calls body(kAligned, kOverlap) as integral constants.
 template <class Body>
-void dispatch_aligned(bool aligned, Body&& body) {
-  if (aligned)
-    body(std::true_type{});
+void dispatch_rows(bool aligned, const CompressShape& shape, Body&& body) {
+  const int overlap = shape.block_size / shape.block_stride;
+  if (!aligned)
+    body(std::false_type{}, std::integral_constant<int, 0>{});
+  else if (overlap == 1)
+    body(std::true_type{}, std::integral_constant<int, 1>{});
+  else if (overlap == 2)
+    body(std::true_type{}, std::integral_constant<int, 2>{});
   else
-    body(std::false_type{});
+    body(std::true_type{}, std::integral_constant<int, 0>{});
 }
 
 }  // namespace
 }  // namespace compress
 
-void compress_pool_fwd(const CompressPoolFwd& params, Stream stream) {
+void compress_pool_fwd(const CompressPoolFwd& params, Stream cuda_stream) {
   using namespace compress;
   check_shape(params.shape);
+  const cudaStream_t stream = static_cast<cudaStream_t>(cuda_stream);
   const Sequences seqs = make_sequences(params.shape);
   const Tile tile = make_tile(params.shape.dim);
-  const int64_t blocks = ceil_div<int64_t>(seqs.rows, tile.slots) * params.shape.heads;
-  if (blocks == 0) return;
+  if (seqs.rows == 0 || params.shape.heads == 0) return;
   const bool aligned =
       rows_aligned16(params.x) && rows_aligned16(params.out) && is_aligned16(params.pos);
+  const int64_t runs = ceil_div<int64_t>(seqs.rows, kRun);
   dispatch_dtype(params.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    dispatch_aligned(aligned, [&](auto is_aligned) {
-      pool_fwd_kernel<T, is_aligned.value>
-          <<<grid_size(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params, seqs,
-                                                                                  tile);
+    dispatch_rows(aligned, params.shape, [&](auto kAligned, auto kOverlap) {
+      if constexpr (kOverlap.value > 0) {
+        if (runs * params.shape.heads * tile.lanes >= kMinRunThreads) {
+          pool_fwd_run_kernel<T, kOverlap.value>
+              <<<grid_size(ceil_div<int64_t>(runs, tile.slots) * params.shape.heads), kThreads, 0,
+                 stream>>>(params, seqs, tile);
+          return check_launch("pool_fwd_run_kernel");
+        }
+      }
+      pool_fwd_kernel<T, kAligned.value>
+          <<<grid_size(ceil_div<int64_t>(seqs.rows, tile.slots) * params.shape.heads), kThreads, 0,
+             stream>>>(params, seqs, tile);
+      check_launch("pool_fwd_kernel");
     });
   });
-  check_launch("pool_fwd_kernel");
 }
 
 int64_t compress_pool_bwd_workspace(const CompressPoolBwd& params) {
@@ -285,20 +378,20 @@ void compress_pool_bwd(const CompressPoolBwd& params, void* workspace, Stream cu
   const bool aligned =
       rows_aligned16(params.x) && rows_aligned16(params.dout) && rows_aligned16(params.dx);
   const int64_t dx_blocks =
-      params.dx.ptr ? ceil_div<int64_t>(seqs.keys, tile.slots * kKeysPerSlot) * shape.heads : 0;
+      params.dx.ptr ? ceil_div<int64_t>(num_segments(seqs), tile.slots) * shape.heads : 0;
   const PoolBwdWorkspace w = layout(params, workspace);
   dispatch_dtype(shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    dispatch_aligned(aligned, [&](auto is_aligned) {
+    dispatch_rows(aligned, shape, [&](auto kAligned, auto kOverlap) {
       if (dx_blocks) {
-        pool_bwd_dx_kernel<T, is_aligned.value>
+        pool_bwd_dx_kernel<T, kAligned.value, kOverlap.value>
             <<<grid_size(dx_blocks), kThreads, 0, stream>>>(params, seqs, tile);
         check_launch("pool_bwd_dx_kernel");
       }
       if (!params.dweight && !params.dpos) return;
       const Chunks chunks = weight_chunks(seqs.rows);
       if (const int64_t blocks = chunks.count * shape.heads) {
-        pool_bwd_weight_kernel<T, is_aligned.value><<<grid_size(blocks), kThreads, 0, stream>>>(
+        pool_bwd_weight_kernel<T, kAligned.value><<<grid_size(blocks), kThreads, 0, stream>>>(
             params, seqs, tile, chunks.size, chunks.count, w.partial);
         check_launch("pool_bwd_weight_kernel");
       }

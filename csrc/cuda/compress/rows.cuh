@@ -40,25 +40,38 @@ inline Sequences make_sequences(const CompressShape& shape) {
 /// A compressed token: `batch` and `token` index k_cmp, `batch` and `key` the first key in x.
 struct TokenPosition {
   int64_t batch, token, key;
-  bool used;  // false: the row holds no token
+  int64_t left;  // tokens of its sequence from this one on; none: the row holds no token
+  __device__ __forceinline__ bool used() const { return left > 0; }
 };
 
-/// A key: `batch` and `key` index x; position `s` in its sequence, whose Tc = `tokens` compressed
-/// tokens start at `token`.
-struct KeyPosition {
-  int64_t batch, key;
-  int64_t s, token, tokens;
+// For a gradient with respect to x, the keys of a sequence are cut into segments of d: key j*d + r
+// of segment j is covered by the tokens j, j-1, .., j - l/d + 1, at their offsets r, d + r, ... The
+// segments of a packed batch are counted so that those of sequence b start at cu_seqlens[b] / d +
+// b, which leaves room for an incomplete last one; rows of x behind the last sequence count as one
+// more sequence, without tokens.
+
+__host__ __device__ __forceinline__ int64_t num_segments(const Sequences& seqs) {
+  if (seqs.cu_seqlens) return seqs.keys / seqs.block_stride + seqs.batch + 1;
+  return seqs.batch * ceil_div<int64_t>(seqs.seqlen, seqs.block_stride);
+}
+
+/// A segment: `batch` and `key` index its first key in x, `batch` and `token` the token j in k_cmp
+/// (where there is one).
+struct SegmentPosition {
+  int64_t batch, key, token;
+  int64_t row;        // the row of token j, which in a padded batch counts over the sequences
+  int64_t keys;       // how many keys it has, at most d, maybe none
+  int64_t j, tokens;  // its index, and the tokens of its sequence
 };
 
-/// The last sequence b with cu_seqlens[b] / divisor <= x. For a key (divisor 1) it is the one that
-/// holds it; for a packed row (divisor d) too, if the row holds a token at all, because later
-/// sequences start behind the tokens of b (`packed_row`). -1 if there is none.
-__device__ __forceinline__ int64_t last_sequence(const Sequences& seqs, int64_t x,
-                                                 int32_t divisor) {
+/// The last sequence whose compressed tokens start at or before packed row `row`, or -1. If the row
+/// holds a token, it is one of this sequence, because later sequences start behind it
+/// (`packed_row`).
+__device__ __forceinline__ int64_t last_sequence(const Sequences& seqs, int64_t row) {
   int64_t lo = 0, hi = seqs.batch;
   while (lo < hi) {
     const int64_t mid = (lo + hi) / 2;
-    if (__ldg(seqs.cu_seqlens + mid) / divisor <= x)
+    if (packed_row(__ldg(seqs.cu_seqlens + mid), seqs.block_stride) <= row)
       lo = mid + 1;
     else
       hi = mid;
@@ -69,27 +82,45 @@ __device__ __forceinline__ int64_t last_sequence(const Sequences& seqs, int64_t 
 __device__ __forceinline__ TokenPosition token_position(const Sequences& seqs, int64_t row) {
   if (!seqs.cu_seqlens) {
     const int64_t b = row / seqs.tokens, c = row - b * seqs.tokens;
-    return {b, c, c * seqs.block_stride, true};
+    return {b, c, c * seqs.block_stride, seqs.tokens - c};
   }
-  const int64_t b = last_sequence(seqs, row, seqs.block_stride);
-  if (b < 0) return {0, row, 0, false};
+  const int64_t b = last_sequence(seqs, row);
+  if (b < 0) return {0, row, 0, 0};
   const int64_t start = __ldg(seqs.cu_seqlens + b), end = __ldg(seqs.cu_seqlens + b + 1);
   const int64_t c = row - packed_row(start, seqs.block_stride);
-  const bool used = c < num_compressed(end - start, seqs.block_size, seqs.block_stride);
-  return {0, row, start + c * seqs.block_stride, used};
+  return {0, row, start + c * seqs.block_stride,
+          num_compressed(end - start, seqs.block_size, seqs.block_stride) - c};
 }
 
-__device__ __forceinline__ KeyPosition key_position(const Sequences& seqs, int64_t index) {
+__device__ __forceinline__ SegmentPosition segment_position(const Sequences& seqs,
+                                                            int64_t segment) {
+  const int64_t d = seqs.block_stride;
   if (!seqs.cu_seqlens) {
-    const int64_t b = index / seqs.seqlen, s = index - b * seqs.seqlen;
-    return {b, s, s, 0, seqs.tokens};
+    const int64_t per_sequence = ceil_div<int64_t>(seqs.seqlen, d);
+    const int64_t b = segment / per_sequence, j = segment - b * per_sequence;
+    const int64_t rest = seqs.seqlen - j * d;
+    return {b, j * d, j, b * seqs.tokens + j, rest < d ? rest : d, j, seqs.tokens};
   }
-  const int64_t b = last_sequence(seqs, index, 1);
-  if (b < 0) return {0, index, 0, 0, 0};
-  const int64_t start = __ldg(seqs.cu_seqlens + b), end = __ldg(seqs.cu_seqlens + b + 1);
-  const int64_t tokens =
-      index < end ? num_compressed(end - start, seqs.block_size, seqs.block_stride) : 0;
-  return {0, index, index - start, packed_row(start, seqs.block_stride), tokens};
+  int64_t lo = 0, hi = seqs.batch + 1;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (__ldg(seqs.cu_seqlens + mid) / d + mid <= segment)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  const int64_t b = lo - 1, start = __ldg(seqs.cu_seqlens + b);
+  const bool behind = b == seqs.batch;
+  const int64_t length = (behind ? seqs.keys : __ldg(seqs.cu_seqlens + b + 1)) - start;
+  const int64_t j = segment - (start / d + b), rest = length - j * d;
+  const int64_t row = packed_row(start, seqs.block_stride) + j;
+  return {0,
+          start + j * d,
+          row,
+          row,
+          rest < d ? rest : d,
+          j,
+          behind ? 0 : num_compressed(length, seqs.block_size, seqs.block_stride)};
 }
 
 inline bool is_aligned16(const void* ptr) { return reinterpret_cast<uintptr_t>(ptr) % 16 == 0; }
