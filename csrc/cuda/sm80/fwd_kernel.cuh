@@ -80,7 +80,7 @@ class FwdBlock {
     const int warp_row = warp * Traits::kWarpRows;
     const Source source(p, job, warp_row, smem + layout.extra);
     const int tiles = source.tiles();
-    const bool has_output = p.v.ptr != nullptr;
+    const bool has_output = p.out.ptr != nullptr || p.gates.ptr != nullptr;
 
     const T* const k = static_cast<const T*>(p.k.ptr) + job.batch * p.k.batch +
                        job.row_k * p.k.seq + job.head_kv * p.k.head;
@@ -122,7 +122,7 @@ class FwdBlock {
         const TileView view = source.view(tile);
         if (view.active) {
           float s[kGroups][8][4];
-          scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, view.active);
+          scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, ~0u);
           ring_k.release(lane);
           mask_scores(p, source, view, warp_row, lane, s);
           accumulate_lse(p, s, rows);
@@ -147,10 +147,11 @@ class FwdBlock {
     }
     for (int tile = 0; tile < tiles; ++tile) {
       const TileView view = source.view(tile);
+      const uint32_t groups = Source::kSparse ? view.active : ~0u;
       uint32_t packed[kGroups][kTileKeys / 16][4];
       if (view.active) {
         float s[kGroups][8][4];
-        scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, view.active);
+        scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, groups);
         ring_k.release(lane);
         if (tile > 0 && tile - 1 + p.ahead_v < fills_v) fill_v(tile - 1 + p.ahead_v);
         mask_scores(p, source, view, warp_row, lane, s);
@@ -159,7 +160,7 @@ class FwdBlock {
           selection.observe(tile, s, lane);
           observed = tile + 1;
         } else {
-          online_softmax(p, view.active, s, rows, o);
+          online_softmax(p, groups, s, rows, o);
         }
 #pragma unroll
         for (int m = 0; m < kGroups; ++m) pack_probabilities<T>(packed[m], s[m]);
@@ -169,8 +170,7 @@ class FwdBlock {
       }
       fill_k_at((Traits::kSelect ? tiles : 0) + tile + p.ahead_k);
       if (has_output) {
-        if (view.active)
-          accumulate<T, kDv, kGroups>(o, packed, ring_v.wait(), reader_v, view.active);
+        if (view.active) accumulate<T, kDv, kGroups>(o, packed, ring_v.wait(), reader_v, groups);
         ring_v.release(lane);
       }
     }

@@ -9,7 +9,7 @@ namespace nsa::cuda::sm80 {
 /// tokens times the G heads of one kv head as the rows of its query tile: row = token *
 /// padded_group + head.
 struct FwdParams {
-  InView q, k, v;               // v.ptr null: no output, only lse or block_indices
+  InView q, k, v;               // v is not read where neither out nor gates are given
   OutView out, lse;             // of the branch, or null
   InView gates;                 // (B, Sq, Hq, 3), or null
   OutView gated_out;            // += gates[branch] * out

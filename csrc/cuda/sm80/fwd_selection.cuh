@@ -19,25 +19,23 @@ namespace nsa::cuda::sm80 {
 inline constexpr int kHalo = 8;
 inline constexpr int kColumns = kHalo + kTileKeys;
 
-/// Sums v[i] over the lanes that differ in bit 2 .. kSteps + 1, halving what each lane keeps: of 16
-/// values (n8 tile i / 2, column i % 2) a lane ends with 16 >> kSteps, those of the n8 tiles from
-/// the returned one on.
-template <int kSteps>
+/// Sums v[i] over the lanes that differ in bits 2 .. kSteps + 1. Each step halves what a lane
+/// keeps: of 16 values (n8 tile i / 2, column i % 2) a lane ends with 16 >> kSteps, those of the n8
+/// tiles from the returned one on.
+template <int kSteps, int kStep = 0>
 __device__ __forceinline__ int scatter_sum(float (&v)[16], int lane) {
-  int first = 0;
+  if constexpr (kStep == kSteps) {
+    return 0;
+  } else {
+    constexpr int kHalf = 8 >> kStep, kBit = 4 << kStep;
+    const bool upper = lane & kBit;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int half = 8 >> step, bit = 4 << step;
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float send = upper ? v[i] : v[i + half];
-      const float keep = upper ? v[i + half] : v[i];
-      v[i] = keep + __shfl_xor_sync(0xffffffffu, send, bit);
+    for (int i = 0; i < kHalf; ++i) {
+      const float low = v[i], high = v[i + kHalf];
+      v[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kBit);
     }
-    if (upper) first += half / 2;
+    return (upper ? kHalf / 2 : 0) + scatter_sum<kSteps, kStep + 1>(v, lane);
   }
-  return first;
 }
 
 template <int kGroups, int kWarps>
