@@ -59,6 +59,21 @@ struct Capability {
   }
 };
 
+bool wants_output(const AttnFwd& call) {
+  bool wanted = call.gates.ptr != nullptr;
+  for (const BranchFwd& branch : call.branch) wanted |= branch.enabled && branch.out.ptr != nullptr;
+  return wanted;
+}
+
+/// A Dv that the instances pair with `dim_qk`: where no output is wanted any will do.
+int64_t dim_v_of(int64_t dim_qk) {
+#define NSA_MATCH(T, kDk, kDv) \
+  if (dim_qk == kDk) return kDv;
+  NSA_ATTN_INSTANCES(NSA_MATCH)
+#undef NSA_MATCH
+  return dim_qk;
+}
+
 Capability check_call(const AttnFwd& call) {
   const Capability capability;
   const std::vector<std::string> reasons =
@@ -118,17 +133,19 @@ std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& con
   return reasons;
 }
 
-int64_t attn_fwd_workspace(const AttnFwd&, Backend) { return 0; }
+int64_t attn_fwd_workspace(const AttnFwd& call, Backend) { return sm80::branch_workspace(call); }
 
-void attn_fwd(const AttnFwd& call, void*, Stream stream, Backend backend) {
+void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend backend) {
+  AttnFwd call = params;
+  if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
   const Capability capability = check_call(call);
   if (backend != Backend::kSm80) {
     const std::vector<std::string> reasons =
         sm90::fwd_unsupported(call, capability.major, capability.minor);
-    if (reasons.empty()) return sm90::attn_fwd(call, static_cast<cudaStream_t>(stream));
+    if (reasons.empty()) return sm90::attn_fwd(call, workspace, static_cast<cudaStream_t>(stream));
     if (backend == Backend::kSm90) throw std::invalid_argument(join(reasons));
   }
-  sm80::attn_fwd(call, static_cast<cudaStream_t>(stream));
+  sm80::attn_fwd(call, workspace, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace nsa::cuda

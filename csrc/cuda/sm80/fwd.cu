@@ -26,10 +26,48 @@ void launch(const AttnShape& shape, const FwdParams& params, cudaStream_t stream
   throw std::logic_error("no forward kernel for these head dims");  // supports() names them
 }
 
+/// Where the branches' outputs go. The gated sum needs those of all enabled branches; of the ones
+/// that the caller does not keep, the last lies in the caller's `out` until the sum overwrites it.
+struct BranchOutputs {
+  OutView out[kNumBranches] = {};
+  int last = -1;  // enabled branch, which forms the sum
+  int64_t workspace_bytes = 0;
+
+  BranchOutputs(const AttnFwd& call, void* workspace) {
+    const AttnShape& shape = call.shape;
+    int scratch = -1;
+    for (int c = 0; c < kNumBranches; ++c) {
+      if (!call.branch[c].enabled) continue;
+      out[c] = call.branch[c].out;
+      if (last >= 0 && call.gates.ptr && call.branch[last].out.ptr == nullptr) {
+        if (scratch >= 0) place(scratch, shape, workspace);
+        out[last] = call.out;
+        scratch = last;
+      }
+      last = c;
+    }
+  }
+
+ private:
+  void place(int c, const AttnShape& shape, void* workspace) {
+    out[c].ptr = workspace;
+    out[c].head = shape.dim_v;
+    out[c].seq = shape.heads_q * shape.dim_v;
+    out[c].batch = shape.seqlen_q * out[c].seq;
+    workspace_bytes += shape.total_q * out[c].seq * 2;
+  }
+};
+
 }  // namespace
 
-void for_each_branch(const AttnFwd& call, const std::function<void(const FwdParams&)>& launch) {
+int64_t branch_workspace(const AttnFwd& call) {
+  return BranchOutputs(call, nullptr).workspace_bytes;
+}
+
+void for_each_branch(const AttnFwd& call, void* workspace,
+                     const std::function<void(const FwdParams&)>& launch) {
   const AttnShape& shape = call.shape;
+  const BranchOutputs outputs(call, workspace);
   FwdParams p{};
   p.q = call.q;
   p.cu_seqlens_q = shape.cu_seqlens_q;
@@ -45,25 +83,32 @@ void for_each_branch(const AttnFwd& call, const std::function<void(const FwdPara
   p.config.window = std::min(p.config.window, std::max(p.seqlen_k, 1));  // no sum overflows
   p.select_shift = log2_ceil(p.config.select_size);
   p.stride_shift = log2_ceil(p.config.block_stride);
-  p.gates = call.gates;
-  p.gated_out = call.out;
+  int earlier = 0;
   for (int c = 0; c < kNumBranches; ++c) {
     const BranchFwd& branch = call.branch[c];
     if (!branch.enabled) continue;
     p.branch = c;
     p.k = branch.k;
     p.v = branch.v;
-    p.out = branch.out;
+    p.out = outputs.out[c];
     p.lse = branch.lse;
     p.block_indices = c == kWindow ? View<int32_t>{} : call.block_indices;
     p.index_count = c == kWindow ? 0 : call.index_count;
+    if (c == outputs.last) {
+      p.gates = call.gates;
+      p.gated_out = call.out;
+    }
+    p.has_output = p.out.ptr != nullptr || p.gates.ptr != nullptr;
     launch(p);
-    p.accumulate = true;
+    if (call.gates.ptr && c != outputs.last) {
+      p.earlier[earlier] = {p.out.ptr, p.out.batch, p.out.seq, p.out.head};
+      p.earlier_branch[earlier++] = c;
+    }
   }
 }
 
-void attn_fwd(const AttnFwd& call, cudaStream_t stream) {
-  for_each_branch(call, [&](const FwdParams& p) { launch(call.shape, p, stream); });
+void attn_fwd(const AttnFwd& call, void* workspace, cudaStream_t stream) {
+  for_each_branch(call, workspace, [&](const FwdParams& p) { launch(call.shape, p, stream); });
 }
 
 }  // namespace nsa::cuda::sm80

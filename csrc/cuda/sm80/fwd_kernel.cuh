@@ -11,6 +11,7 @@
 
 #include "cuda/device/ring.cuh"
 #include "cuda/device/softmax.cuh"
+#include "cuda/sm80/fwd_gates.cuh"
 #include "cuda/sm80/fwd_mma.cuh"
 #include "cuda/sm80/fwd_selection.cuh"
 #include "cuda/sm80/fwd_source.cuh"
@@ -80,7 +81,6 @@ class FwdBlock {
     const int warp_row = warp * Traits::kWarpRows;
     const Source source(p, job, warp_row, smem + layout.extra);
     const int tiles = source.tiles();
-    const bool has_output = p.out.ptr != nullptr || p.gates.ptr != nullptr;
 
     const T* const k = static_cast<const T*>(p.k.ptr) + job.batch * p.k.batch +
                        job.row_k * p.k.seq + job.head_kv * p.k.head;
@@ -102,7 +102,7 @@ class FwdBlock {
     };
 
     // With kSelect the ring of K carries the tiles twice, once for each pass.
-    const int fills_k = Traits::kSelect ? 2 * tiles : tiles, fills_v = has_output ? tiles : 0;
+    const int fills_k = Traits::kSelect ? 2 * tiles : tiles, fills_v = p.has_output ? tiles : 0;
     const auto fill_k_at = [&](int i) {
       if (i < fills_k) fill_k(i < tiles ? i : i - tiles);
     };
@@ -169,7 +169,7 @@ class FwdBlock {
         if (tile > 0 && tile - 1 + p.ahead_v < fills_v) fill_v(tile - 1 + p.ahead_v);
       }
       fill_k_at((Traits::kSelect ? tiles : 0) + tile + p.ahead_k);
-      if (has_output) {
+      if (p.has_output) {
         if (view.active) accumulate<T, kDv, kGroups>(o, packed, ring_v.wait(), reader_v, groups);
         ring_v.release(lane);
       }
@@ -180,7 +180,7 @@ class FwdBlock {
     } else {
       normalise(p, job, warp_row, lane, rows, o);
     }
-    if (has_output) store_output(p, job, warp_row, lane, query_rows, o);
+    if (p.has_output) store_output(p, job, warp_row, lane, query_rows, o);
   }
 
  private:
@@ -365,23 +365,8 @@ class FwdBlock {
       const int token = token_of(p, warp_row + row), head = head_of(p, warp_row + row);
       if (!row_exists(p, job, warp_row + row)) continue;
       const uint4 value = load_shared_16(staging + tile_offset<kDv>(row, chunk));
-      if (p.out.ptr)
-        *reinterpret_cast<uint4*>(query_row<T>(p.out, p, job, token, head) + chunk * 8) = value;
-      if (p.gates.ptr) {
-        const float gate = to_float(query_row<const T>(p.gates, p, job, token, head)[p.branch]);
-        auto* target =
-            reinterpret_cast<uint4*>(query_row<T>(p.gated_out, p, job, token, head) + chunk * 8);
-        const uint4 before = p.accumulate ? *target : make_uint4(0, 0, 0, 0);
-        *target = {add_gated(before.x, gate, value.x), add_gated(before.y, gate, value.y),
-                   add_gated(before.z, gate, value.z), add_gated(before.w, gate, value.w)};
-      }
+      store_chunk<T>(p, job, token, head, chunk * 8, value);
     }
-  }
-
-  __device__ __forceinline__ static uint32_t add_gated(uint32_t before, float gate,
-                                                       uint32_t value) {
-    const float2 a = unpack2<T>(before), b = unpack2<T>(value);
-    return pack2<T>(fmaf(gate, b.x, a.x), fmaf(gate, b.y, a.y));
   }
 };
 

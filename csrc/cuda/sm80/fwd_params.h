@@ -9,11 +9,15 @@ namespace nsa::cuda::sm80 {
 /// tokens times the G heads of one kv head as the rows of its query tile: row = token *
 /// padded_group + head.
 struct FwdParams {
-  InView q, k, v;               // v is not read where neither out nor gates are given
-  OutView out, lse;             // of the branch, or null
-  InView gates;                 // (B, Sq, Hq, 3), or null
-  OutView gated_out;            // += gates[branch] * out
-  bool accumulate;              // gated_out holds the sum of earlier branches
+  InView q, k, v;
+  OutView out, lse;  // of the branch, or null
+  bool has_output;   // else only lse or block_indices are wanted
+  // The last branch of a call forms the gated sum (eq. 5) from its own output and the earlier
+  // ones'.
+  InView gates;       // (B, Sq, Hq, 3), or null
+  OutView gated_out;  // may be where an earlier output lies
+  InView earlier[2];  // outputs of earlier branches; null: none
+  int32_t earlier_branch[2];
   View<int32_t> block_indices;  // (B, Sq, Hkv, n): written (compressed) or read (selected), or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
   int32_t batch, seqlen_q, seqlen_k, heads_kv;

@@ -24,9 +24,9 @@ std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int min
   return reasons;
 }
 
-void attn_fwd(const AttnFwd& call, cudaStream_t stream) {
+void attn_fwd(const AttnFwd& call, void* workspace, cudaStream_t stream) {
   const AttnShape& shape = call.shape;
-  sm80::for_each_branch(call, [&](const sm80::FwdParams& params) {
+  sm80::for_each_branch(call, workspace, [&](const sm80::FwdParams& params) {
 #define NSA_LAUNCH(T, kDk, kDv)                                                        \
   if (shape.dim_qk == kDk && shape.dim_v == kDv &&                                     \
       shape.dtype == (std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16)) \

@@ -19,6 +19,6 @@ template <class T, int kDk, int kDv>
 void launch_fwd(const AttnShape& shape, sm80::FwdParams params, cudaStream_t stream);
 
 /// All enabled branches, one kernel each.
-void attn_fwd(const AttnFwd& call, cudaStream_t stream);
+void attn_fwd(const AttnFwd& call, void* workspace, cudaStream_t stream);
 
 }  // namespace nsa::cuda::sm90

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device/softmax.cuh"
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/sm80/fwd_gates.cuh"
 
 namespace nsa::cuda::sm90 {
 
@@ -43,12 +43,7 @@ __device__ __forceinline__ void write_rows(const sm80::FwdParams& p, const sm80:
     }
     if (valid && p.lse.ptr && quad_lane == 0)
       *sm80::query_row<float>(p.lse, p, job, token, head) = stats[half].lse2(p.scale_log2) * kLn2;
-    if (p.v.ptr == nullptr) continue;
-    const bool write = valid && p.out.ptr, gated = valid && p.gates.ptr;
-    const float gate =
-        gated ? to_float(sm80::query_row<const T>(p.gates, p, job, token, head)[p.branch]) : 0.0f;
-    T* out = write ? sm80::query_row<T>(p.out, p, job, token, head) : nullptr;
-    T* sum = gated ? sm80::query_row<T>(p.gated_out, p, job, token, head) : nullptr;
+    if (!p.has_output) continue;
 #pragma unroll
     for (int chunk = 0; chunk < kDimV / 32; ++chunk) {
       uint32_t w[4];
@@ -58,19 +53,9 @@ __device__ __forceinline__ void write_rows(const sm80::FwdParams& p, const sm80:
         w[i] = pack2<T>(pair[0] * scale, pair[1] * scale);
       }
       quad_transpose(w);
-      const int column = chunk * 32 + quad_lane * 8;
-      if (write) *reinterpret_cast<uint4*>(out + column) = make_uint4(w[0], w[1], w[2], w[3]);
-      if (gated) {
-        auto* target = reinterpret_cast<uint4*>(sum + column);
-        const uint4 old = p.accumulate ? *target : make_uint4(0, 0, 0, 0);
-        const uint32_t earlier[4] = {old.x, old.y, old.z, old.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 mine = unpack2<T>(w[i]), other = unpack2<T>(earlier[i]);
-          w[i] = pack2<T>(fmaf(gate, mine.x, other.x), fmaf(gate, mine.y, other.y));
-        }
-        *target = make_uint4(w[0], w[1], w[2], w[3]);
-      }
+      if (valid)
+        sm80::store_chunk<T>(p, job, token, head, chunk * 32 + quad_lane * 8,
+                             make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
 }

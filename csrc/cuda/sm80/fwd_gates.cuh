@@ -1,0 +1,44 @@
+// The gated sum of the branches (eq. 5), formed as the last branch of a call stores its output.
+#pragma once
+
+#include "cuda/device/ptx.cuh"
+#include "cuda/sm80/fwd_job.cuh"
+
+namespace nsa::cuda::sm80 {
+
+/// values += gate * chunk, where a chunk is 8 elements.
+template <class T>
+__device__ __forceinline__ void add_gated(float (&values)[8], float gate, uint4 chunk) {
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2<T>(words[i]);
+    values[2 * i] = fmaf(gate, pair.x, values[2 * i]);
+    values[2 * i + 1] = fmaf(gate, pair.y, values[2 * i + 1]);
+  }
+}
+
+/// Stores elements [column, column + 8) of a row of the branch's own output, and of the gated sum.
+/// Every output is rounded to T once and the sum once more, whether the branches' are kept or not.
+template <class T>
+__device__ __forceinline__ void store_chunk(const FwdParams& p, const Job& job, int token, int head,
+                                            int column, uint4 chunk) {
+  if (p.out.ptr)
+    *reinterpret_cast<uint4*>(query_row<T>(p.out, p, job, token, head) + column) = chunk;
+  if (p.gates.ptr == nullptr) return;
+  const T* gates = query_row<const T>(p.gates, p, job, token, head);
+  float sum[8] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (p.earlier[i].ptr == nullptr) continue;
+    const T* row = query_row<const T>(p.earlier[i], p, job, token, head);
+    add_gated<T>(sum, to_float(gates[p.earlier_branch[i]]),
+                 *reinterpret_cast<const uint4*>(row + column));
+  }
+  add_gated<T>(sum, to_float(gates[p.branch]), chunk);
+  *reinterpret_cast<uint4*>(query_row<T>(p.gated_out, p, job, token, head) + column) =
+      make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]),
+                 pack2<T>(sum[6], sum[7]));
+}
+
+}  // namespace nsa::cuda::sm80
