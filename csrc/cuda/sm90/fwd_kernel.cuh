@@ -185,7 +185,7 @@ struct FwdKernel {
         if constexpr (kWalk == Walk::kRank) {
           for (int j = 0; j < tiles; ++j) load_k(job, range.begin + j * kTileKeys, at);
         }
-        const bool values = kWalk == Walk::kRange || p.v.ptr != nullptr;
+        const bool values = kWalk == Walk::kRange || p.has_output;
         if (tiles > 0) load_k(job, range.begin, at);
         for (int j = 0; j < tiles; ++j) {
           if (j + 1 < tiles) load_k(job, range.begin + (j + 1) * kTileKeys, at);
@@ -515,7 +515,7 @@ struct FwdKernel {
         selection.observe(j * kParts + part, weights, threadIdx.x % 32);
       }
     };
-    if (p.v.ptr) return walk_pairs<false>(tiles, o, at, softmax);
+    if (p.has_output) return walk_pairs<false>(tiles, o, at, softmax);
     float s[kScores], unused[2];
     for (int j = 0; j < tiles; ++j) {
       wait_full(at);
