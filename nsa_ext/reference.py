@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import DEFAULT_CONFIG, NSAConfig
 
+if TYPE_CHECKING:
+    from .compressor import KVCompressor, Phi
+
 # Scores held at a time: queries are walked in chunks, so that long sequences fit in memory.
 _MAX_SCORES = 2**25
-
-Compress = Callable[..., tuple[Tensor, Tensor]] | tuple[Tensor, Tensor]
 
 
 # Compression: eq. 7.
@@ -98,11 +100,11 @@ def compress(
 
 
 def compress_kv(
-    k: Tensor, v: Tensor, compressor, *, cu_seqlens_k: Tensor | None = None
+    k: Tensor, v: Tensor, compressor: KVCompressor, *, cu_seqlens_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(k_cmp, v_cmp) of a :class:`nsa_ext.KVCompressor`, computed by :func:`compress` (eq. 7)."""
 
-    def run(x: Tensor, phi) -> Tensor:
+    def run(x: Tensor, phi: Phi) -> Tensor:
         weights = {n: w if w is None else w.to(x.dtype) for n, w in phi.weights().items()}
         return compress(
             x, kind=phi.kind, config=compressor.config, cu_seqlens=cu_seqlens_k, **weights
@@ -458,7 +460,7 @@ def sparse_attn(
     k: Tensor,
     v: Tensor,
     gates: Tensor,
-    compress: Compress,
+    compress: KVCompressor | tuple[Tensor, Tensor],
     *,
     config: NSAConfig = DEFAULT_CONFIG,
     k_cmp: Tensor | None = None,
