@@ -1,6 +1,8 @@
 // Vectorised 2^x for softmax weights. Include a target_*.h first.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 namespace nsa::cpu::NSA_CPU_TARGET {
@@ -36,7 +38,9 @@ NSA_CPU_INLINE Vec<T> vexp2(Vec<T> x) {
   Vec<T> p = f * series.c[Series::kDegree] + series.c[Series::kDegree - 1];
 #pragma GCC unroll 16
   for (int k = Series::kDegree - 2; k >= 0; --k) p = p * f + series.c[k];
-  const Vec<T> result = (Vec<T>)((IntVec<T>)p + ((IntVec<T>)shifted << Traits::kMantissaBits));
+  // Unsigned, because the sum wraps around for the x whose result is then zeroed.
+  using Bits = typename VectorOf<std::make_unsigned_t<typename Traits::Int>, sizeof(x)>::type;
+  const Vec<T> result = (Vec<T>)((Bits)p + ((Bits)shifted << Traits::kMantissaBits));
   return x < T(Traits::kMinExponent) ? Vec<T>{} : result;
 }
 

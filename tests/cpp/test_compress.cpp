@@ -201,6 +201,22 @@ void test_widths() {
       }
 }
 
+/// So many tokens that the weight gradients are summed in chunks.
+void test_many_tokens() {
+  for (Kind kind : kKinds)
+    for (DType dtype : kDTypes) {
+      Problem p;
+      p.kind = kind;
+      p.dtype = dtype;
+      p.seqlens = {9000, 9000};
+      p.dim = 2;
+      p.hidden = p.dim_out = 3;
+      p.block_size = 3;
+      p.block_stride = 1;
+      check_problem(p);
+    }
+}
+
 void test_without_optional_weights() {
   for (Kind kind : kKinds)
     for (bool has_pos : {false, true})
@@ -306,6 +322,10 @@ void test_thread_independence() {
         p.weight_heads = packed ? 2 : 1;
         p.dim = 16;
         p.hidden = p.dim_out = 20;
+        if (!packed) {
+          p.block_size = 4;
+          p.block_stride = 1;
+        }
         p.fill(17);
         check::context() = describe(p) + " threads";
         const Tensor out = forward(p, executors::serial());
@@ -382,6 +402,7 @@ int main() {
   test_packed();
   test_layouts();
   test_widths();
+  test_many_tokens();
   test_without_optional_weights();
   test_gelu_tails();
   test_wanted_gradients();
