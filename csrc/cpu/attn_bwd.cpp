@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/attn_setup.h"
 
@@ -63,98 +64,74 @@ void clear_unused_rows(const AttnBwd& params, const std::vector<Sequence>& seque
   clear(used, shape.total_k / params.config.block_stride);
 }
 
-/// The inverse of block_indices for every (sequence, kv head).
-struct InvertedIndex {
-  std::vector<int64_t> begin;        // blocks + 1 of every (sequence, head), into tokens
-  std::vector<int64_t> first_begin;  // by sequence: where its first head's lie
-  Buffer tokens;
+/// The partial sums of every chunk of queries, and what adds them up.
+struct Partials {
+  std::vector<ChunkGrads> grads;  // by item
+  std::vector<int64_t> first_item;
+  std::vector<ReduceItem> reductions;
+  Buffer memory;
 
-  InvertedIndex(const AttnPlan& plan, const std::vector<Sequence>& sequences,
-                const Executor& executor) {
+  Partials(const BwdPlan& plan, const AttnSetup& setup) {
     const int64_t heads = plan.shape.heads_kv;
-    std::vector<int64_t> first_token;
-    int64_t begins = 0, total = 0;
-    for (const Sequence& s : sequences) {
-      first_begin.push_back(begins);
-      first_token.push_back(total);
-      begins += heads * (num_select_blocks(s.len_k, plan.config.select_size) + 1);
-      total += heads * s.len_q * plan.index_count;
-    }
-    begin.resize(begins);
-    tokens = Buffer(std::max<int64_t>(total * sizeof(int32_t), 64));
-    for_each_item(executor, static_cast<int64_t>(sequences.size()) * heads,
-                  std::max<int64_t>(plan.max_select_blocks * sizeof(int32_t), 64),
-                  [&](int64_t item, char* seen) {
-                    const int64_t b = item / heads, head = item % heads;
-                    const Sequence& s = sequences[b];
-                    const int64_t blocks = num_select_blocks(s.len_k, plan.config.select_size);
-                    const int64_t at = first_token[b] + head * s.len_q * plan.index_count;
-                    int64_t* from = begin.data() + first_begin[b] + head * (blocks + 1);
-                    invert(plan.selected_rows(s, head, 0, s.len_q), plan.config.select_size, blocks,
-                           from, reinterpret_cast<int32_t*>(seen), tokens.as<int32_t>() + at);
-                    for (int64_t j = 0; j <= blocks; ++j) from[j] += at;
-                  });
-  }
-};
-
-/// Work items of the key-stationary pass: sums over parts of long lists, then all tiles of keys.
-struct KeyItems {
-  std::vector<KeyItem> partials, tiles;
-
-  KeyItems(const BwdPlan& plan, const std::vector<Sequence>& sequences,
-           const InvertedIndex* index) {
-    for (int64_t b = 0; b < static_cast<int64_t>(sequences.size()); ++b) {
-      for (int64_t head = 0; head < plan.shape.heads_kv; ++head) {
-        if (plan.enabled[kCompressed]) add_dense(kCompressed, b, head, sequences[b].len_cmp);
-        if (plan.enabled[kWindow] && !plan.window_shares_grads) {
-          add_dense(kWindow, b, head, sequences[b].len_k);
-        }
-        if (plan.enabled[kSelected]) add_selected(plan, sequences[b], b, head, *index);
+    first_item.assign(setup.sequences.size() * heads + 1, 0);
+    int64_t elements = 0;
+    for (const QueryItem& item : setup.items) {
+      ++first_item[item.sequence * heads + item.head + 1];
+      grads.emplace_back();
+      for (int branch = 0; branch < kNumBranches; ++branch) {
+        const Sequence& s = setup.sequences[item.sequence];
+        grads.back().branch[branch] = seen_keys(plan, s, item, branch, setup.kernels.panel);
+        elements += grads.back().branch[branch].count * (plan.ld_qk + plan.ld_v);
       }
     }
-    const auto cost = [&](const KeyItem& item) {
-      const Sequence& s = sequences[item.sequence];
-      if (item.branch == kSelected) return item.list_end - item.list_begin;
-      if (item.branch == kWindow) return std::min<int64_t>(plan.config.window + kKeyTile, s.len_q);
-      return std::min(s.len_k - item.begin * plan.config.block_stride, s.len_q);
-    };
-    std::stable_sort(tiles.begin(), tiles.end(),
-                     [&](const KeyItem& x, const KeyItem& y) { return cost(x) > cost(y); });
+    for (std::size_t i = 1; i < first_item.size(); ++i) first_item[i] += first_item[i - 1];
+
+    const int64_t size = compute_size(plan.shape.dtype);
+    memory = Buffer(std::max<int64_t>(elements * size, 64));
+    char* at = memory.data();
+    for (ChunkGrads& chunk : grads) {
+      for (PartialGrads& partial : chunk.branch) {
+        partial.dk = at;
+        partial.dv = at += partial.count * plan.ld_qk * size;
+        at += partial.count * plan.ld_v * size;
+      }
+    }
+
+    constexpr int64_t kStep = 256;
+    for (int64_t b = 0; b < plan.num_sequences; ++b) {
+      const Sequence& s = setup.sequences[b];
+      for (int32_t branch = 0; branch < kNumBranches; ++branch) {
+        if (!has_grads(plan, branch)) continue;
+        const int64_t length = branch == kCompressed ? s.len_cmp : s.len_k;
+        for (int64_t head = 0; head < heads; ++head) {
+          for (int64_t begin = 0; begin < length; begin += kStep) {
+            reductions.push_back({branch, b, head, begin, std::min(begin + kStep, length)});
+          }
+        }
+      }
+    }
   }
 
  private:
-  void add_dense(int32_t branch, int64_t sequence, int64_t head, int64_t length) {
-    for (int64_t begin = 0; begin < length; begin += kKeyTile) {
-      tiles.push_back(
-          {branch, sequence, head, begin, std::min(kKeyTile, length - begin), 0, 0, 0, 0});
-    }
+  static bool has_grads(const BwdPlan& plan, int branch) {
+    return plan.enabled[branch] && !(branch == kWindow && plan.window_shares_grads);
   }
 
-  void add_selected(const BwdPlan& plan, const Sequence& s, int64_t sequence, int64_t head,
-                    const InvertedIndex& index) {
-    const int64_t size = plan.config.select_size;
-    const int64_t blocks = num_select_blocks(s.len_k, plan.config.select_size);
-    const int64_t* begin = index.begin.data() + index.first_begin[sequence] + head * (blocks + 1);
-    for (int64_t j = 0; j < blocks; ++j) {
-      const int64_t end_key = std::min((j + 1) * size, s.len_k);
-      for (int64_t key = j * size; key < end_key; key += kKeyTile) {
-        KeyItem item{kSelected, sequence, head, key, std::min(kKeyTile, end_key - key), 0, 0, 0, 0};
-        const int64_t list_end = std::min(begin[j] + kListSegment, begin[j + 1]);
-        KeyItem part = item;
-        item.list_begin = begin[j];
-        item.list_end = list_end;
-        item.partial = static_cast<int64_t>(partials.size());
-        for (int64_t from = list_end; from < begin[j + 1]; from += kListSegment) {
-          part.list_begin = from;
-          part.list_end = std::min(from + kListSegment, begin[j + 1]);
-          part.partial = static_cast<int64_t>(partials.size());
-          part.num_partials = -1;
-          partials.push_back(part);
-        }
-        item.num_partials = static_cast<int64_t>(partials.size()) - item.partial;
-        tiles.push_back(item);
-      }
+  /// The keys of a branch that the visits of a chunk touch, a few masked ones among them.
+  static PartialGrads seen_keys(const BwdPlan& plan, const Sequence& s, const QueryItem& item,
+                                int branch, int64_t panel) {
+    const BlockConfig& c = plan.config;
+    const int64_t first = s.position(item.first), end = first + item.count;
+    if (!has_grads(plan, branch) || end <= 0) return {};
+    if (branch == kCompressed) {
+      return {0, visible_compressed(end - 1, c.block_size, c.block_stride), nullptr, nullptr};
     }
+    if (branch == kSelected) {  // whole blocks
+      const int64_t blocks = num_select_blocks(end, c.select_size);
+      return {0, std::min(blocks * c.select_size, s.len_k), nullptr, nullptr};
+    }
+    const int64_t begin = std::max<int64_t>(first - c.window + 1, 0) / panel * panel;
+    return {begin, end - begin, nullptr, nullptr};
   }
 };
 
@@ -177,7 +154,7 @@ void attn_bwd(const AttnBwd& params, const Executor& executor) {
   plan.params = &params;
   plan.rows = params.shape.total_q;
   plan.window_shares_grads = shares_grads(params);
-  AttnSetup setup(plan, executor);
+  AttnSetup setup(plan, executor, AttnSetup::Items::kChunks);
   check(params);
   clear_unused_rows(params, setup.sequences);
 
@@ -186,32 +163,31 @@ void attn_bwd(const AttnBwd& params, const Executor& executor) {
   const int64_t num_items = static_cast<int64_t>(setup.items.size());
   Buffer dots(std::max<int64_t>(kNumBranches * plan.rows * params.shape.heads_q * element, 64));
   plan.dots = dots.data();
-  for_each_item(executor, num_items, kernels.dots_scratch(plan), [&](int64_t item, char* scratch) {
+  for_each_item(executor, num_items, kernels.rows_scratch(plan), [&](int64_t item, char* scratch) {
     kernels.dots(plan, setup.items[item], scratch);
   });
   for_each_item(executor, static_cast<int64_t>(setup.pack_items.size()),
                 std::max(plan.ld_qk, plan.ld_v) * element, [&](int64_t item, char* scratch) {
                   kernels.pack(plan, setup.pack_items[item], scratch);
                 });
-  for_each_item(executor, num_items, kernels.dq_scratch(plan),
-                [&](int64_t item, char* scratch) { kernels.dq(plan, setup.items[item], scratch); });
-  setup.buffers.clear();  // the key-stationary pass packs its own tile of keys
 
-  std::unique_ptr<InvertedIndex> index;
-  if (plan.enabled[kSelected]) {
-    index = std::make_unique<InvertedIndex>(plan, setup.sequences, executor);
-    plan.tokens = index->tokens.as<int32_t>();
-  }
-  const KeyItems key_items(plan, setup.sequences, index.get());
-  const int64_t partial_size = kKeyTile * (plan.ld_qk + plan.ld_v) * element;
-  Buffer partials(std::max<int64_t>(key_items.partials.size() * partial_size, 64));
-  plan.partials = partials.data();
-  const int64_t scratch_bytes = kernels.keys_scratch(plan);
-  for (const std::vector<KeyItem>* items : {&key_items.partials, &key_items.tiles}) {
-    for_each_item(
-        executor, static_cast<int64_t>(items->size()), scratch_bytes,
-        [&](int64_t item, char* scratch) { kernels.keys(plan, (*items)[item], scratch); });
-  }
+  const Partials partials(plan, setup);
+  plan.partials = partials.grads.data();
+  plan.first_item = partials.first_item.data();
+  // Late queries see more compressed tokens: the long items first.
+  std::vector<int64_t> order(num_items);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    const QueryItem &x = setup.items[a], &y = setup.items[b];
+    return setup.sequences[x.sequence].position(x.first + x.count) >
+           setup.sequences[y.sequence].position(y.first + y.count);
+  });
+  for_each_item(executor, num_items, kernels.bwd_scratch(plan),
+                [&](int64_t item, char* scratch) { kernels.bwd(plan, order[item], scratch); });
+  for_each_item(executor, static_cast<int64_t>(partials.reductions.size()),
+                kernels.rows_scratch(plan), [&](int64_t item, char* scratch) {
+                  kernels.reduce(plan, partials.reductions[item], scratch);
+                });
 }
 
 }  // namespace nsa::cpu

@@ -1,6 +1,8 @@
-// The backward: dO . O of every row, a query-stationary pass for dq and a key-stationary one for dk
-// and dv. Each sums in an order of its own, so the gradients do not depend on the schedule; the
-// price is that both recompute scores and weights. Include a target_*.h first.
+// The backward: dO . O of every row; one pass over chunks of queries, which finishes dq and sums dk
+// and dv over the chunk's queries; and the sum of those partial sums. Chunks depend on the shape
+// alone, so neither do gradients depend on the schedule. (A query-stationary pass for dq and a
+// key-stationary one for dk and dv would need no partial sums, but 7 products instead of 5.)
+// Include a target_*.h first.
 #pragma once
 
 #include "cpu/attn_tile.h"
@@ -79,258 +81,181 @@ void dots_item(const BwdPlan& plan, const QueryItem& item, char* scratch) {
   }
 }
 
+/// A chunk of queries, tile by tile.
 template <class T>
-int64_t dots_scratch(const BwdPlan& plan) {
-  Carver carver(nullptr);
-  carver.take<T>(plan.ld_v);
-  carver.take<T>(plan.ld_v);
-  return carver.size();
-}
-
-/// The query-stationary pass: dq of a tile of queries.
-template <class T>
-struct DqTile {
+struct BwdTile {
   const BwdPlan& plan;
   TileRows<T> rows;
   T *q, *dout, *dq;
   RowTerms<T>* terms;
-  T *scores, *grads;
-  const T **a, **b;
-  T **s, **ds, **c;
+  T *scores, *grads, *visit_q, *visit_dout;
+  const T **a, **b, **weights, **weight_grads;
+  T **s, **ds, **c, **dk, **dv;
+  const PartialGrads* partial = nullptr;  // of the branch in hand
 
-  DqTile(const BwdPlan& plan, Carver& carver) : plan(plan), rows(plan, carver) {
+  BwdTile(const BwdPlan& plan, Carver& carver) : plan(plan), rows(plan, carver) {
     const int64_t G = plan.group, tile = plan.tile_tokens * G;
-    const int64_t batch = kRowBatch > G ? kRowBatch : G;
+    const int64_t batch = kRowBatch > G ? kRowBatch : G, keys = kBackwardKeyChunk;
     q = carver.take<T>(tile * plan.ld_qk);
     dout = carver.take<T>(tile * plan.ld_v);
     dq = carver.take<T>(tile * plan.ld_qk);
     terms = carver.take<RowTerms<T>>(tile);
-    scores = carver.take<T>(batch * kKeyChunk);
-    grads = carver.take<T>(batch * kKeyChunk);
+    scores = carver.take<T>(batch * (keys + kLanes<T>));
+    grads = carver.take<T>(batch * (keys + kLanes<T>));
+    visit_q = carver.take<T>(kRowBatch * plan.ld_qk);
+    visit_dout = carver.take<T>(kRowBatch * plan.ld_v);
     a = carver.take<const T*>(batch);
     b = carver.take<const T*>(batch);
     s = carver.take<T*>(batch);
     ds = carver.take<T*>(batch);
     c = carver.take<T*>(batch);
+    weights = carver.take<const T*>(keys);
+    weight_grads = carver.take<const T*>(keys);
+    dk = carver.take<T*>(keys);
+    dv = carver.take<T*>(keys);
   }
 
   void operator()(const Visit<T>& visit) {
-    for (int64_t r = 0; r < visit.num_rows; ++r) {
-      a[r] = q + visit.rows[r] * plan.ld_qk;
-      b[r] = dout + visit.rows[r] * plan.ld_v;
-      c[r] = dq + visit.rows[r] * plan.ld_qk;
-      s[r] = scores + r * visit.count;
-      ds[r] = grads + r * visit.count;
+    const int64_t n = visit.num_rows, ld_qk = plan.ld_qk, ld_v = plan.ld_v;
+    // An odd number of cache lines where columns are read: a power of two would use few L1 sets.
+    const int64_t stride = visit.count + kLanes<T>;
+    for (int64_t r = 0; r < n; ++r) {
+      a[r] = q + visit.rows[r] * ld_qk;
+      b[r] = dout + visit.rows[r] * ld_v;
+      c[r] = dq + visit.rows[r] * ld_qk;
+      s[r] = scores + r * stride;
+      ds[r] = grads + r * stride;
     }
-    row_scores(a, visit.num_rows, plan.shape.dim_qk, visit.keys.keys_t, visit.stored, visit.count,
-               s);
-    row_scores(b, visit.num_rows, plan.shape.dim_v, visit.keys.values_t, visit.stored, visit.count,
-               ds);
-    for (int64_t r = 0; r < visit.num_rows; ++r) {
+    row_scores(a, n, plan.shape.dim_qk, visit.keys.keys_t, visit.stored, visit.count, s);
+    row_scores(b, n, plan.shape.dim_v, visit.keys.values_t, visit.stored, visit.count, ds);
+    for (int64_t r = 0; r < n; ++r) {
       weight_row(terms[visit.rows[r]], visit.spans[r], visit.count, s[r], ds[r]);
     }
-    const Product<T> product{visit.count, ds, 1, visit.keys.keys, plan.ld_qk, c, 0, nullptr};
-    gemm(product, visit.num_rows, plan.ld_qk / kLanes<T>, Store::kAdd);
-  }
+    gemm(Product<T>{visit.count, ds, 1, visit.keys.keys, ld_qk, c, 0, nullptr}, n,
+         ld_qk / kLanes<T>, Store::kAdd);
 
-  void begin_branch(int branch, const QueryItem& item) {
-    const Sequence& sequence = plan.sequences[item.sequence];
-    const int64_t G = plan.group;
-    for (int64_t r = 0; r < item.count * G; ++r) {
-      terms[r] = row_terms<T>(plan, sequence, branch, item.first + r / G, item.head * G + r % G);
+    const T *q_rows = a[0], *dout_rows = b[0];
+    if (visit.rows[n - 1] - visit.rows[0] != n - 1) {
+      for (int64_t r = 0; r < n; ++r) {
+        copy_scaled(a[r], ld_qk, T(1), visit_q + r * ld_qk);
+        copy_scaled(b[r], ld_v, T(1), visit_dout + r * ld_v);
+      }
+      q_rows = visit_q;
+      dout_rows = visit_dout;
     }
+    for (int64_t key = 0; key < visit.num_keys; ++key) {
+      const int64_t row = visit.first_key + key - partial->first;
+      weights[key] = scores + key;
+      weight_grads[key] = grads + key;
+      dk[key] = static_cast<T*>(partial->dk) + row * ld_qk;
+      dv[key] = static_cast<T*>(partial->dv) + row * ld_v;
+    }
+    gemm(Product<T>{n, weights, stride, dout_rows, ld_v, dv, 0, nullptr}, visit.num_keys,
+         ld_v / kLanes<T>, Store::kAdd);
+    gemm(Product<T>{n, weight_grads, stride, q_rows, ld_qk, dk, 0, nullptr}, visit.num_keys,
+         ld_qk / kLanes<T>, Store::kAdd);
   }
 
-  void run(const QueryItem& item) {
-    load_tile(plan, item, plan.q, plan.shape.dim_qk, plan.ld_qk,
+  void begin_branch(int branch, const QueryItem& tile, const PartialGrads* partials) {
+    const Sequence& sequence = plan.sequences[tile.sequence];
+    const int64_t G = plan.group;
+    for (int64_t r = 0; r < tile.count * G; ++r) {
+      terms[r] = row_terms<T>(plan, sequence, branch, tile.first + r / G, tile.head * G + r % G);
+    }
+    partial = partials + (branch == kWindow && plan.window_shares_grads ? kSelected : branch);
+  }
+
+  void run_tile(const QueryItem& tile, const PartialGrads* partials) {
+    load_tile(plan, tile, plan.q, plan.shape.dim_qk, plan.ld_qk,
               T(plan.shape.softmax_scale * kLog2e), q);
-    load_tile(plan, item, plan.params->dout, plan.shape.dim_v, plan.ld_v, T(1), dout);
-    for (int64_t i = 0; i < item.count * plan.group * plan.ld_qk; ++i) dq[i] = 0;
+    load_tile(plan, tile, plan.params->dout, plan.shape.dim_v, plan.ld_v, T(1), dout);
+    for (int64_t i = 0; i < tile.count * plan.group * plan.ld_qk; ++i) dq[i] = 0;
     if (plan.enabled[kCompressed]) {
-      begin_branch(kCompressed, item);
-      for (int64_t first = 0; first < item.count; first += plan.compressed_tokens) {
-        const int64_t left = item.count - first;
-        const int64_t count = left < plan.compressed_tokens ? left : plan.compressed_tokens;
-        visit_compressed(plan, item, first, count, kKeyChunk, rows, *this);
+      begin_branch(kCompressed, tile, partials);
+      for (int64_t first = 0; first < tile.count; first += plan.window_tokens) {
+        const int64_t left = tile.count - first;
+        const int64_t count = left < plan.window_tokens ? left : plan.window_tokens;
+        visit_compressed(plan, tile, first, count, kBackwardKeyChunk, rows, *this);
       }
     }
     if (plan.enabled[kSelected]) {
-      begin_branch(kSelected, item);
-      visit_selected(plan, item, rows, *this);
+      begin_branch(kSelected, tile, partials);
+      visit_selected(plan, tile, kBackwardKeyChunk, rows, *this);
     }
     if (plan.enabled[kWindow]) {
-      begin_branch(kWindow, item);
-      for (int64_t first = 0; first < item.count; first += plan.window_tokens) {
-        const int64_t left = item.count - first;
+      begin_branch(kWindow, tile, partials);
+      for (int64_t first = 0; first < tile.count; first += plan.window_tokens) {
+        const int64_t left = tile.count - first;
         const int64_t count = left < plan.window_tokens ? left : plan.window_tokens;
-        visit_window(plan, item, first, count, rows, *this);
+        visit_window(plan, tile, first, count, kBackwardKeyChunk, rows, *this);
       }
     }
-    store_tile(plan, item, plan.params->dq, plan.shape.dim_qk, plan.ld_qk,
+    store_tile(plan, tile, plan.params->dq, plan.shape.dim_qk, plan.ld_qk,
                T(plan.shape.softmax_scale), dq);
   }
-};
 
-/// The key-stationary pass: dk and dv of a tile of keys.
-template <class T>
-struct KeyTile {
-  const BwdPlan& plan;
-  BlockParts<T> keys{};
-  T *q, *dout, *scores, *grads, *dk, *dv, *row;
-  RowTerms<T>* terms;
-  Span* spans;
-  const T **a, **b, **weights, **weight_grads;
-  T **s, **ds, **dk_rows, **dv_rows;
-
-  KeyTile(const BwdPlan& plan, Carver& carver) : plan(plan) {
-    keys.keys_t = carver.take<T>(kKeyTile * plan.shape.dim_qk);
-    keys.values_t = carver.take<T>(kKeyTile * plan.shape.dim_v);
-    q = carver.take<T>(kQueryBatch * plan.ld_qk);
-    dout = carver.take<T>(kQueryBatch * plan.ld_v);
-    scores = carver.take<T>(kQueryBatch * kKeyTile);
-    grads = carver.take<T>(kQueryBatch * kKeyTile);
-    // Together, as a partial sum is stored.
-    dk = carver.take<T>(kKeyTile * (plan.ld_qk + plan.ld_v));
-    dv = dk + kKeyTile * plan.ld_qk;
-    row = carver.take<T>(plan.ld_qk > plan.ld_v ? plan.ld_qk : plan.ld_v);
-    terms = carver.take<RowTerms<T>>(kQueryBatch);
-    spans = carver.take<Span>(kQueryBatch);
-    a = carver.take<const T*>(kQueryBatch);
-    b = carver.take<const T*>(kQueryBatch);
-    s = carver.take<T*>(kQueryBatch);
-    ds = carver.take<T*>(kQueryBatch);
-    weights = carver.take<const T*>(kKeyTile);
-    weight_grads = carver.take<const T*>(kKeyTile);
-    dk_rows = carver.take<T*>(kKeyTile);
-    dv_rows = carver.take<T*>(kKeyTile);
-  }
-
-  /// Adds the queries of one branch: `list[begin..end)`, or without a list begin..end themselves.
-  void add_queries(int branch, const KeyItem& item, const int32_t* list, int64_t begin,
-                   int64_t end) {
-    if (begin >= end) return;
-    const Sequence& sequence = plan.sequences[item.sequence];
-    const int64_t G = plan.group, count = round_up_lanes<T>(item.count);
-    const BwdPlan& p = plan;
-    pack_block(plan, branch, item.sequence, item.head, item.begin, count, item.count, keys, row);
-    for (int64_t r = 0; r < kQueryBatch; ++r) {
-      a[r] = q + r * p.ld_qk;
-      b[r] = dout + r * p.ld_v;
-      s[r] = scores + r * count;
-      ds[r] = grads + r * count;
+  void run(const QueryItem& chunk, const PartialGrads* partials) {
+    for (int branch = 0; branch < kNumBranches; ++branch) {
+      const PartialGrads& to = partials[branch];
+      T *dk_rows = static_cast<T*>(to.dk), *dv_rows = static_cast<T*>(to.dv);
+      for (int64_t i = 0; i < to.count * plan.ld_qk; ++i) dk_rows[i] = 0;
+      for (int64_t i = 0; i < to.count * plan.ld_v; ++i) dv_rows[i] = 0;
     }
-    for (int64_t key = 0; key < item.count; ++key) {
-      weights[key] = scores + key;
-      weight_grads[key] = grads + key;
-      dk_rows[key] = dk + key * p.ld_qk;
-      dv_rows[key] = dv + key * p.ld_v;
-    }
-    const T q_scale = T(p.shape.softmax_scale * kLog2e);
-    for (int64_t at = begin * G; at < end * G; at += kQueryBatch) {
-      const int64_t rows = end * G - at < kQueryBatch ? end * G - at : kQueryBatch;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t index = (at + r) / G, head = item.head * G + (at + r) % G;
-        const int64_t i = list ? list[index] : index;
-        pack_rows(p.shape.dtype, p.q.ptr, offset_of(p.q, sequence.batch, sequence.q_row + i, head),
-                  0, 1, 1, p.shape.dim_qk, p.ld_qk, q_scale, q + r * p.ld_qk);
-        const InView& view = p.params->dout;
-        pack_rows(p.shape.dtype, view.ptr,
-                  offset_of(view, sequence.batch, sequence.q_row + i, head), 0, 1, 1, p.shape.dim_v,
-                  p.ld_v, T(1), dout + r * p.ld_v);
-        terms[r] = row_terms<T>(plan, sequence, branch, i, head);
-        spans[r] = span(branch, sequence.position(i), item.begin);
-      }
-      row_scores(a, rows, p.shape.dim_qk, keys.keys_t, count, count, s);
-      row_scores(b, rows, p.shape.dim_v, keys.values_t, count, count, ds);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (at + kQueryBatch + r < end * G) prefetch_row(item, list, at + kQueryBatch + r);
-        weight_row(terms[r], spans[r], count, s[r], ds[r]);
-      }
-      gemm(Product<T>{rows, weights, count, dout, p.ld_v, dv_rows, 0, nullptr}, item.count,
-           p.ld_v / kLanes<T>, Store::kAdd);
-      gemm(Product<T>{rows, weight_grads, count, q, p.ld_qk, dk_rows, 0, nullptr}, item.count,
-           p.ld_qk / kLanes<T>, Store::kAdd);
-    }
-  }
-
-  /// A row of the next batch: the queries of a list are scattered over all of q and dout.
-  NSA_CPU_INLINE void prefetch_row(const KeyItem& item, const int32_t* list, int64_t at) const {
-    const Sequence& sequence = plan.sequences[item.sequence];
-    const int64_t index = at / plan.group, head = item.head * plan.group + at % plan.group;
-    const int64_t row = sequence.q_row + (list ? list[index] : index);
-    const int64_t size = dtype_size(plan.shape.dtype);
-    const InView &q_view = plan.q, &dout_view = plan.params->dout;
-    const char* q_row =
-        static_cast<const char*>(q_view.ptr) + offset_of(q_view, sequence.batch, row, head) * size;
-    const char* dout_row = static_cast<const char*>(dout_view.ptr) +
-                           offset_of(dout_view, sequence.batch, row, head) * size;
-    for (int64_t i = 0; i < plan.shape.dim_qk * size; i += 64) __builtin_prefetch(q_row + i, 0, 2);
-    for (int64_t i = 0; i < plan.shape.dim_v * size; i += 64)
-      __builtin_prefetch(dout_row + i, 0, 2);
-  }
-
-  Span span(int branch, int64_t t, int64_t begin) const {
-    const BlockConfig& config = plan.config;
-    if (branch == kCompressed) {
-      return {0, visible_compressed(t, config.block_size, config.block_stride) - begin};
-    }
-    return {branch == kWindow ? t - config.window + 1 - begin : 0, t + 1 - begin};
-  }
-
-  /// Queries of a sequence at positions [begin, end).
-  void add_positions(int branch, const KeyItem& item, int64_t begin, int64_t end) {
-    const Sequence& s = plan.sequences[item.sequence];
-    const int64_t first = begin - s.position(0), last = end - s.position(0);
-    add_queries(branch, item, nullptr, first > 0 ? first : 0, last < s.len_q ? last : s.len_q);
-  }
-
-  void add_window(const KeyItem& item) {
-    add_positions(kWindow, item, item.begin, item.begin + item.count - 1 + plan.config.window);
-  }
-
-  void run(const KeyItem& item) {
-    const int64_t size = kKeyTile * (plan.ld_qk + plan.ld_v);
-    T* partials = static_cast<T*>(plan.partials);
-    for (int64_t i = 0; i < size; ++i) dk[i] = 0;
-    if (item.branch == kCompressed) {
-      const int64_t first = item.begin * plan.config.block_stride + plan.config.block_size - 1;
-      add_positions(kCompressed, item, first, INT64_MAX / 2);
-    } else if (item.branch == kSelected) {
-      add_queries(kSelected, item, plan.tokens, item.list_begin, item.list_end);
-      if (item.num_partials < 0) {
-        for (int64_t i = 0; i < size; ++i) partials[item.partial * size + i] = dk[i];
-        return;
-      }
-      for (int64_t slot = item.partial; slot < item.partial + item.num_partials; ++slot) {
-        for (int64_t i = 0; i < size; ++i) dk[i] += partials[slot * size + i];
-      }
-      if (plan.window_shares_grads) add_window(item);
-    } else {
-      add_window(item);
-    }
-    const Sequence& s = plan.sequences[item.sequence];
-    const BranchBwd& out = plan.params->branch[item.branch];
-    const int64_t first = (item.branch == kCompressed ? s.cmp_row : s.k_row) + item.begin;
-    for (int64_t key = 0; key < item.count; ++key) {
-      // q carries softmax_scale * log2(e), of which dk wants the first factor.
-      store_row(plan.shape.dtype, out.dk.ptr, offset_of(out.dk, s.batch, first + key, item.head),
-                plan.shape.dim_qk, T(kLn2), dk + key * plan.ld_qk);
-      store_row(plan.shape.dtype, out.dv.ptr, offset_of(out.dv, s.batch, first + key, item.head),
-                plan.shape.dim_v, T(1), dv + key * plan.ld_v);
+    for (int64_t first = 0; first < chunk.count; first += plan.tile_tokens) {
+      const int64_t left = chunk.count - first;
+      const int64_t count = left < plan.tile_tokens ? left : plan.tile_tokens;
+      run_tile({chunk.sequence, chunk.head, chunk.first + first, count}, partials);
     }
   }
 };
 
 template <class T>
-void dq_item(const BwdPlan& plan, const QueryItem& item, char* scratch) {
+void bwd_item(const BwdPlan& plan, int64_t item, char* scratch) {
   Carver carver(scratch);
-  DqTile<T>(plan, carver).run(item);
+  BwdTile<T>(plan, carver).run(plan.items[item], plan.partials[item].branch);
 }
 
+/// Adds up the partial sums of some keys in order of the chunks and stores them.
 template <class T>
-void key_item(const BwdPlan& plan, const KeyItem& item, char* scratch) {
+void reduce_item(const BwdPlan& plan, const ReduceItem& item, char* scratch) {
+  const Sequence& s = plan.sequences[item.sequence];
+  const BranchBwd& out = plan.params->branch[item.branch];
   Carver carver(scratch);
-  KeyTile<T>(plan, carver).run(item);
+  T* dk = carver.take<T>(plan.ld_qk);
+  T* dv = carver.take<T>(plan.ld_v);
+  const int64_t* items = plan.first_item + item.sequence * plan.shape.heads_kv + item.head;
+  for (int64_t key = item.begin; key < item.end; ++key) {
+    for (int64_t i = 0; i < plan.ld_qk; ++i) dk[i] = 0;
+    for (int64_t i = 0; i < plan.ld_v; ++i) dv[i] = 0;
+    for (int64_t chunk = items[0]; chunk < items[1]; ++chunk) {
+      const PartialGrads& from = plan.partials[chunk].branch[item.branch];
+      const int64_t row = key - from.first;
+      if (row < 0 || row >= from.count) continue;
+      const T* dk_row = static_cast<const T*>(from.dk) + row * plan.ld_qk;
+      const T* dv_row = static_cast<const T*>(from.dv) + row * plan.ld_v;
+      for (int64_t i = 0; i < plan.ld_qk; i += kLanes<T>) {
+        store(dk + i, load(dk + i) + load(dk_row + i));
+      }
+      for (int64_t i = 0; i < plan.ld_v; i += kLanes<T>) {
+        store(dv + i, load(dv + i) + load(dv_row + i));
+      }
+    }
+    const int64_t row = (item.branch == kCompressed ? s.cmp_row : s.k_row) + key;
+    // q carries softmax_scale * log2(e), of which dk wants the first factor.
+    store_row(plan.shape.dtype, out.dk.ptr, offset_of(out.dk, s.batch, row, item.head),
+              plan.shape.dim_qk, T(kLn2), dk);
+    store_row(plan.shape.dtype, out.dv.ptr, offset_of(out.dv, s.batch, row, item.head),
+              plan.shape.dim_v, T(1), dv);
+  }
+}
+
+/// Two rows of values, or one of keys and one of values.
+template <class T>
+int64_t rows_scratch(const BwdPlan& plan) {
+  Carver carver(nullptr);
+  carver.take<T>(plan.ld_qk > plan.ld_v ? plan.ld_qk : plan.ld_v);
+  carver.take<T>(plan.ld_v);
+  return carver.size();
 }
 
 }  // namespace nsa::cpu::NSA_CPU_TARGET

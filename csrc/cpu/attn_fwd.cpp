@@ -44,7 +44,7 @@ void attn_fwd(const AttnFwd& params, const Executor& executor) {
                         params.block_indices.seq, params.block_indices.head};
   plan.index_count = params.index_count;
   plan.params = &params;
-  AttnSetup setup(plan, executor);
+  AttnSetup setup(plan, executor, AttnSetup::Items::kTiles);
   check(params, plan);
 
   const AttnKernels& kernels = setup.kernels;

@@ -196,7 +196,7 @@ struct FwdTile {
     }
     if (plan.enabled[kSelected]) {
       begin_rows(0, item.count * G);
-      visit_selected(plan, item, rows, *this);
+      visit_selected(plan, item, kKeyChunk, rows, *this);
       end_rows(kSelected, item, 0, item.count);
     }
     if (plan.enabled[kWindow]) {
@@ -204,7 +204,7 @@ struct FwdTile {
         const int64_t left = item.count - first;
         const int64_t count = left < plan.window_tokens ? left : plan.window_tokens;
         begin_rows(first * G, count * G);
-        visit_window(plan, item, first, count, rows, *this);
+        visit_window(plan, item, first, count, kKeyChunk, rows, *this);
         end_rows(kWindow, item, first, count);
       }
     }

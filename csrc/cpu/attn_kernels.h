@@ -14,11 +14,10 @@ struct AttnKernels {
   void (*fwd)(const FwdPlan& plan, const QueryItem& item, char* scratch);
   int64_t (*fwd_scratch)(const FwdPlan& plan);
   void (*dots)(const BwdPlan& plan, const QueryItem& item, char* scratch);
-  int64_t (*dots_scratch)(const BwdPlan& plan);
-  void (*dq)(const BwdPlan& plan, const QueryItem& item, char* scratch);
-  int64_t (*dq_scratch)(const BwdPlan& plan);
-  void (*keys)(const BwdPlan& plan, const KeyItem& item, char* scratch);
-  int64_t (*keys_scratch)(const BwdPlan& plan);
+  void (*bwd)(const BwdPlan& plan, int64_t item, char* scratch);
+  int64_t (*bwd_scratch)(const BwdPlan& plan);
+  void (*reduce)(const BwdPlan& plan, const ReduceItem& item, char* scratch);
+  int64_t (*rows_scratch)(const BwdPlan& plan);  // of dots and reduce
 };
 
 namespace avx512 {

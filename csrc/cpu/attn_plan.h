@@ -17,14 +17,9 @@ inline constexpr int64_t kRowBatch = 64;
 /// Keys of a visit at most, a whole number of panels.
 inline constexpr int64_t kKeyChunk = 512;
 
-/// Keys of a work item of the key-stationary pass.
-inline constexpr int64_t kKeyTile = 64;
-/// Queries that go through the micro-kernel together there.
-inline constexpr int64_t kQueryBatch = 64;
-
-/// Queries of a selected block that one work item of the key-stationary pass takes; the sum over a
-/// longer list (a block that is always selected) is made of partial sums, in the order of the list.
-inline constexpr int64_t kListSegment = 4096;
+/// The backward visits fewer: it also reads weights by columns, and 64 rows of 128 stay in L1 and
+/// L2.
+inline constexpr int64_t kBackwardKeyChunk = 128;
 
 struct Sequence {
   int64_t batch;                  // index along the batch stride; 0 when packed
@@ -108,16 +103,21 @@ struct FwdPlan : AttnPlan {
   const AttnFwd* params;
 };
 
-/// One work item of the key-stationary pass: a tile of keys and, for the selected branch, a range
-/// of the list of queries that chose its block.
-struct KeyItem {
+/// Sums of dk and dv over the queries of one chunk, for the keys [first, first + count) of a
+/// branch: rows of ld_qk and of ld_v elements.
+struct PartialGrads {
+  int64_t first, count;
+  void *dk, *dv;
+};
+
+struct ChunkGrads {
+  PartialGrads branch[kNumBranches];
+};
+
+/// Keys [begin, end) of a branch, whose partial sums are added up and stored.
+struct ReduceItem {
   int32_t branch;
-  int64_t sequence, head;
-  int64_t begin, count;          // keys
-  int64_t list_begin, list_end;  // into `tokens`
-  // Slots of the sums over the rest of a long list, which come first as items of their own, with
-  // num_partials = -1.
-  int64_t partial, num_partials;
+  int64_t sequence, head, begin, end;
 };
 
 struct BwdPlan : AttnPlan {
@@ -125,8 +125,9 @@ struct BwdPlan : AttnPlan {
   bool window_shares_grads;  // the window's dk, dv are added to the selected branch's
   void* dots;                // (3, rows, Hq) rowsum(dout * O_c) in the compute type
   int64_t rows;              // B * Sq or total_q
-  const int32_t* tokens;     // inverted block_indices of all (sequence, head)
-  void* partials;            // slots of (key tile, ld_qk + ld_v) in the compute type
+  // By item; those of a (sequence, head) follow each other in order of the queries.
+  const ChunkGrads* partials;
+  const int64_t* first_item;  // by sequence * Hkv + head, and one more: its items
 };
 
 }  // namespace nsa::cpu

@@ -31,14 +31,16 @@ const AttnKernels& attn_kernels(DType dtype) {
   return wide ? baseline::kAttnDouble : baseline::kAttnFloat;
 }
 
-AttnSetup::AttnSetup(AttnPlan& plan, const Executor& executor)
+AttnSetup::AttnSetup(AttnPlan& plan, const Executor& executor, Items kind)
     : kernels(attn_kernels(plan.shape.dtype)) {
   check(plan);
   plan.group = plan.shape.heads_q / plan.shape.heads_kv;
   plan.ld_qk = round_up(plan.shape.dim_qk, kernels.lanes);
   plan.ld_v = round_up(plan.shape.dim_v, kernels.lanes);
   add_sequences(plan);
-  add_tiles(plan, executor.num_threads);
+  plan_tiles(plan);
+  kind == Items::kTiles ? add_tiles(plan, executor.num_threads) : add_chunks(plan);
+  plan.items = items.data();
   plan.selected_resident = false;
   for (int branch = 0; branch < kNumBranches; ++branch) {
     if (plan.enabled[branch]) add_pack(plan, branch);
@@ -125,7 +127,7 @@ void AttnSetup::add_sequences(AttnPlan& plan) {
   plan.num_sequences = s.batch;
 }
 
-void AttnSetup::add_tiles(AttnPlan& plan, int num_threads) {
+void AttnSetup::plan_tiles(AttnPlan& plan) const {
   // Scores of the compressed branch stay until the selection is made: 2 MiB of float32 a thread,
   // or one token's.
   constexpr int64_t kScores = 1 << 19;
@@ -136,9 +138,12 @@ void AttnSetup::add_tiles(AttnPlan& plan, int num_threads) {
   plan.window_tokens = std::max<int64_t>(1, kRowBatch / G);
   const int64_t fit = kScores / (G * round_up(std::max<int64_t>(plan.max_compressed, 1), 64));
   plan.compressed_tokens = std::clamp<int64_t>(fit, 1, plan.window_tokens);
-
   // Whole window batches: a row's sums must not depend on how many threads there are.
-  int64_t tile = std::max<int64_t>(kTileRows / G / plan.window_tokens, 1) * plan.window_tokens;
+  plan.tile_tokens = std::max<int64_t>(kTileRows / G / plan.window_tokens, 1) * plan.window_tokens;
+}
+
+void AttnSetup::add_tiles(AttnPlan& plan, int num_threads) {
+  int64_t tile = plan.tile_tokens;
   const auto count = [&](int64_t tokens) {
     int64_t n = 0;
     for (const Sequence& s : sequences) n += ceil_div(s.len_q, tokens) * plan.shape.heads_kv;
@@ -161,7 +166,24 @@ void AttnSetup::add_tiles(AttnPlan& plan, int num_threads) {
     return sequences[a.sequence].position(a.first + a.count) >
            sequences[b.sequence].position(b.first + b.count);
   });
-  plan.items = items.data();
+}
+
+void AttnSetup::add_chunks(AttnPlan& plan) {
+  // Every chunk sums dk and dv of its own over all keys that it may see: 8 chunks take 4 times the
+  // memory of the gradients. With many heads there is enough parallel work without.
+  const int64_t heads = plan.shape.heads_kv;
+  const int64_t most =
+      std::clamp<int64_t>(32 / std::max<int64_t>(plan.num_sequences * heads, 1), 2, 8);
+  for (int64_t b = 0; b < plan.num_sequences; ++b) {
+    const int64_t length = sequences[b].len_q;
+    const int64_t chunk =
+        round_up(std::max<int64_t>(ceil_div(length, most), 128), plan.window_tokens);
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t first = 0; first < length; first += chunk) {
+        items.push_back({b, head, first, std::min(chunk, length - first)});
+      }
+    }
+  }
 }
 
 void AttnSetup::add_pack(AttnPlan& plan, int branch) {

@@ -24,13 +24,17 @@ struct AttnSetup {
 
   /// Throws std::invalid_argument where the shape, the configuration of the enabled branches or
   /// cu_seqlens do not hold together. plan.shape, config, enabled, q, k, v, gates, block_indices,
-  /// index_count and parts must be set; fills in the rest.
-  AttnSetup(AttnPlan& plan, const Executor& executor);
+  /// index_count and parts must be set; fills in the rest. Items are tiles, for the forward, or
+  /// chunks of tiles that depend on the shape alone.
+  enum class Items { kTiles, kChunks };
+  AttnSetup(AttnPlan& plan, const Executor& executor, Items kind);
 
  private:
   void check(const AttnPlan& plan) const;
   void add_sequences(AttnPlan& plan);
+  void plan_tiles(AttnPlan& plan) const;
   void add_tiles(AttnPlan& plan, int num_threads);
+  void add_chunks(AttnPlan& plan);
   void add_pack(AttnPlan& plan, int branch);
 };
 

@@ -15,11 +15,10 @@ constexpr AttnKernels attn_kernels() {
           fwd_item<T>,
           tile_scratch<FwdTile<T>, FwdPlan>,
           dots_item<T>,
-          dots_scratch<T>,
-          dq_item<T>,
-          tile_scratch<DqTile<T>, BwdPlan>,
-          key_item<T>,
-          tile_scratch<KeyTile<T>, BwdPlan>};
+          bwd_item<T>,
+          tile_scratch<BwdTile<T>, BwdPlan>,
+          reduce_item<T>,
+          rows_scratch<T>};
 }
 
 const AttnKernels kAttnFloat = attn_kernels<float>();

@@ -47,8 +47,9 @@ struct Visit {
   const Span* spans;
   int64_t num_rows;
   BlockParts<T> keys;
+  int64_t first_key, num_keys;
   int64_t stored;  // keys up to the end of the last panel, which sets the panels' widths
-  int64_t count;   // keys to compute, whole vectors
+  int64_t count;   // num_keys, rounded up to whole vectors
 };
 
 /// C[r][0..count) = A[r] . packed^T over `dim`.
@@ -112,6 +113,8 @@ Visit<T> dense_visit(const AttnPlan& plan, int branch, const QueryItem& item, in
   const int64_t slot = pack.slot(item.sequence, item.head, begin / pack.block);
   Visit<T> visit{};
   visit.keys = parts_at<T>(plan, pack, slot, begin % pack.block);
+  visit.first_key = begin;
+  visit.num_keys = count;
   visit.count = round_up_lanes<T>(count);
   visit.stored = (visit.count + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
   return visit;
@@ -144,13 +147,13 @@ void visit_compressed(const AttnPlan& plan, const QueryItem& item, int64_t first
 /// and depend on the tokens alone, so the sums do not depend on how queries were cut into tiles.
 template <class T, class Visitor>
 void visit_window(const AttnPlan& plan, const QueryItem& item, int64_t first, int64_t count,
-                  TileRows<T>& tile, Visitor& visitor) {
+                  int64_t max_keys, TileRows<T>& tile, Visitor& visitor) {
   const Sequence& s = plan.sequences[item.sequence];
   const int64_t G = plan.group, w = plan.config.window;
   const int64_t t = s.position(item.first + first), last = t + count - 1;
   const int64_t oldest = t - w + 1 > 0 ? t - w + 1 : 0;
-  for (int64_t begin = oldest / kPanel<T> * kPanel<T>; begin <= last; begin += kKeyChunk) {
-    const int64_t keys = last + 1 - begin < kKeyChunk ? last + 1 - begin : kKeyChunk;
+  for (int64_t begin = oldest / kPanel<T> * kPanel<T>; begin <= last; begin += max_keys) {
+    const int64_t keys = last + 1 - begin < max_keys ? last + 1 - begin : max_keys;
     Visit<T> visit = dense_visit<T>(plan, kWindow, item, begin, keys);
     for (int64_t r = 0; r < count * G; ++r) {
       const int64_t at = t + r / G - begin;
@@ -167,8 +170,8 @@ void visit_window(const AttnPlan& plan, const QueryItem& item, int64_t first, in
 /// Visits the selected blocks of all tokens of the tile, block by block in ascending order, so that
 /// a block is read once for all tokens of the tile that chose it.
 template <class T, class Visitor>
-void visit_selected(const AttnPlan& plan, const QueryItem& item, TileRows<T>& tile,
-                    Visitor& visitor) {
+void visit_selected(const AttnPlan& plan, const QueryItem& item, int64_t max_keys,
+                    TileRows<T>& tile, Visitor& visitor) {
   const Sequence& s = plan.sequences[item.sequence];
   const KeyPack& pack = plan.pack[kSelected];
   const int64_t G = plan.group, size = plan.config.select_size;
@@ -187,7 +190,7 @@ void visit_selected(const AttnPlan& plan, const QueryItem& item, TileRows<T>& ti
     }
     for (int64_t row = 0; row < rows; row += kRowBatch) {
       const int64_t num_rows = rows - row < kRowBatch ? rows - row : kRowBatch;
-      for (int64_t begin = 0; begin < keys; begin += kKeyChunk) {
+      for (int64_t begin = 0; begin < keys; begin += max_keys) {
         Visit<T> visit{};
         if (plan.selected_resident) {
           visit.keys = parts_at<T>(plan, pack, pack.slot(item.sequence, item.head, j), begin);
@@ -199,7 +202,9 @@ void visit_selected(const AttnPlan& plan, const QueryItem& item, TileRows<T>& ti
           if (visit.keys.keys) visit.keys.keys += begin * plan.ld_qk;
         }
         visit.stored = pack.padded - begin;
-        visit.count = round_up_lanes<T>(keys - begin < kKeyChunk ? keys - begin : kKeyChunk);
+        visit.num_keys = keys - begin < max_keys ? keys - begin : max_keys;
+        visit.first_key = j * size + begin;
+        visit.count = round_up_lanes<T>(visit.num_keys);
         for (int64_t r = 0; r < num_rows; ++r) {
           const int64_t token = list[(row + r) / G];
           tile.rows[r] = static_cast<int32_t>(token * G + (row + r) % G);
