@@ -32,6 +32,15 @@ class ModelConfig:
     num_selected: int = size(6, "NSA: n, blocks that a byte attends to")
     window: int = size(64, "NSA: w, bytes of the sliding window")
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "dim", "heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads={self.heads}, got {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (RoPE turns pairs), got {self.head_dim}")
+
     def nsa(self) -> nsa_ext.NSAConfig:
         return nsa_ext.NSAConfig(
             block_size=self.block_size,
