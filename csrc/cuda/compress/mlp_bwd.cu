@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(256)
 
 /// A = dout, B = W2 with n = hidden contiguous.
 template <class T, int kBlockN>
-struct DpreProblem {
+struct DhiddenProblem {
   const T* dout;  // of this head, at the first row of the tile
   const T* w2;    // of this weight head, at the first column of the tile
   int rows, dout_stride, w2_columns, w2_stride, k_end;
@@ -61,16 +61,15 @@ struct DpreProblem {
   }
 };
 
-/// dpre = (dout W2) * gelu'(pre) and hidden = gelu(pre).
+/// dhidden = dout W2, in float32.
 template <class T, int kBlockN>
 __global__ void __launch_bounds__(kGemmThreads, 2)
-    mlp_dpre_kernel(HiddenPartials partials, const T* dout, const T* w2, T* hidden, T* dpre,
-                    bool w2_aligned) {
-  const MlpSizes& sizes = partials.sizes;
+    mlp_dhidden_kernel(MlpSizes sizes, const T* dout, const T* w2, float* dhidden,
+                       bool w2_aligned) {
   const TileIndex tile(blockIdx.x, sizes.heads, ceil_div<int64_t>(sizes.hidden, kBlockN));
   const int64_t first_row = tile.m * kBlockM, first_column = tile.n * kBlockN;
   const int64_t head_row = tile.head * sizes.seqs.rows + first_row;
-  DpreProblem<T, kBlockN> problem{
+  DhiddenProblem<T, kBlockN> problem{
       dout + head_row * sizes.padded_out,
       w2 + sizes.weight_head(tile.head) * sizes.dim_out * sizes.hidden + first_column,
       tile_rows(sizes.seqs, first_row),
@@ -79,81 +78,104 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       static_cast<int>(sizes.hidden),
       static_cast<int>(sizes.dim_out),
       w2_aligned};
-  gemm_tile<T, Major::kK, Major::kMN, kBlockN>(
-      ceil_div<int64_t>(sizes.dim_out, kBlockK), problem, [&](int row, int tile_column, float4 v) {
-        const int64_t column = first_column + tile_column;
-        if (column >= sizes.padded_hidden || first_row + row >= sizes.seqs.rows) return;
-        const int64_t offset = (head_row + row) * sizes.padded_hidden + column;
-        const float4 x = partials.pre(tile.head, first_row + row, column);
-        float4 value, derivative;
-        gelu(x.x, value.x, derivative.x);
-        gelu(x.y, value.y, derivative.y);
-        gelu(x.z, value.z, derivative.z);
-        gelu(x.w, value.w, derivative.w);
-        *reinterpret_cast<uint2*>(hidden + offset) =
-            make_uint2(pack2<T>(value.x, value.y), pack2<T>(value.z, value.w));
-        *reinterpret_cast<uint2*>(dpre + offset) =
-            make_uint2(pack2<T>(v.x * derivative.x, v.y * derivative.y),
-                       pack2<T>(v.z * derivative.z, v.w * derivative.w));
+  dhidden += head_row * sizes.padded_hidden + first_column;
+  const int columns = static_cast<int>(sizes.padded_hidden - first_column);
+  gemm_tiles<T, Major::kK, Major::kMN, kBlockN>(
+      1, ceil_div<int64_t>(sizes.dim_out, kBlockK), problem,
+      [&](int, int row, int column, float4 v) {
+        if (row < problem.rows && column < columns)
+          *reinterpret_cast<float4*>(dhidden + row * sizes.padded_hidden + column) = v;
       });
+}
+
+/// dpre = dhidden * gelu'(pre) and hidden = gelu(pre). One thread for four columns.
+template <class T>
+__global__ void __launch_bounds__(256, 4)
+    mlp_dpre_kernel(HiddenPartials partials, const float* dhidden, T* hidden, T* dpre) {
+  const MlpSizes& sizes = partials.sizes;
+  const int64_t pieces = sizes.padded_hidden / 4;
+  const int64_t index = blockIdx.x * int64_t{256} + threadIdx.x;
+  if (index >= sizes.heads * sizes.seqs.rows * pieces) return;
+  const int64_t column = index % pieces * 4, head_row = index / pieces;
+  const float4 x = partials.pre(head_row / sizes.seqs.rows, head_row % sizes.seqs.rows, column);
+  const float4 grad = *reinterpret_cast<const float4*>(dhidden + index * 4);
+  float4 value, derivative;
+  gelu(x.x, value.x, derivative.x);
+  gelu(x.y, value.y, derivative.y);
+  gelu(x.z, value.z, derivative.z);
+  gelu(x.w, value.w, derivative.w);
+  *reinterpret_cast<uint2*>(hidden + index * 4) =
+      make_uint2(pack2<T>(value.x, value.y), pack2<T>(value.z, value.w));
+  *reinterpret_cast<uint2*>(dpre + index * 4) =
+      make_uint2(pack2<T>(grad.x * derivative.x, grad.y * derivative.y),
+                 pack2<T>(grad.z * derivative.z, grad.w * derivative.w));
 }
 
 // dx, over the segments of rows.cuh: for each r in [0, d)
 //   dx[j*d + r] = sum_i dpre[j - i] W1[:, (i*d + r)*D : (i*d + r + 1)*D],
-// a GEMM with k = (i, hidden). No two threads write one key.
+// a GEMM with k = (i, hidden). No two threads write one key. k is short (256 by default), so a
+// block does several r in turn, where there is enough work for all SMs.
 
 struct SegmentTile {
-  int64_t dx_offset[kBlockM];  // of key j*d + r; -1: there is none
+  int64_t dx_offset[kBlockM];  // of key j*d
+  int32_t keys[kBlockM];       // of the segment
   int32_t row[kBlockM];        // of token j, where the sequence has it
   int32_t j[kBlockM], tokens[kBlockM];
 };
 
 template <class T, int kBlockN>
 struct DxProblem {
+  const MlpSizes& sizes;
+  const SegmentTile& segments;
   const T* dpre;  // of this head
   const T* w1;    // of this weight head, at offset r and the first column of the tile
-  const SegmentTile* segments;
-  int dpre_stride, hidden, w1_stride, w1_step, columns;
+  int columns;
   bool w1_aligned;
   int i = 0, k = 0;
 
   __device__ __forceinline__ void load(uint32_t smem_a, uint32_t smem_b) {
+    const int hidden = static_cast<int>(sizes.hidden);
+    const int dpre_stride = static_cast<int>(sizes.padded_hidden);
     load_operand<OperandTile<Major::kK, kBlockM>, T>(
         smem_a, dpre_stride - k, true, [&](int row, int) -> const T* {
-          const int token = segments->j[row] - i;
-          if (token < 0 || token >= segments->tokens[row]) return nullptr;
-          return dpre + int64_t{segments->row[row] - i} * dpre_stride + k;
+          const int token = segments.j[row] - i;
+          if (token < 0 || token >= segments.tokens[row]) return nullptr;
+          return dpre + int64_t{segments.row[row] - i} * dpre_stride + k;
         });
+    const T* w1_step = w1 + i * (sizes.seqs.block_stride * sizes.dim) + k * sizes.block_elements();
     load_operand<OperandTile<Major::kMN, kBlockN>, T>(
         smem_b, columns, w1_aligned, [&](int row, int) -> const T* {
-          return k + row < hidden ? w1 + i * w1_step + int64_t{k + row} * w1_stride : nullptr;
+          return k + row < hidden ? w1_step + row * sizes.block_elements() : nullptr;
         });
     k += kBlockK;
     if (k < hidden) return;
     k = 0;
-    ++i;
+    if (++i < sizes.seqs.block_size / sizes.seqs.block_stride) return;
+    i = 0;
+    w1 += sizes.dim;  // the next r
   }
 };
 
 template <class T, int kBlockN>
 __global__ void __launch_bounds__(kGemmThreads, 2)
-    mlp_dx_kernel(MlpSizes sizes, const T* dpre, const T* w1, OutView dx, bool w1_aligned,
-                  bool dx_aligned) {
+    mlp_dx_kernel(MlpSizes sizes, int r_per_block, const T* dpre, const T* w1, OutView dx,
+                  bool w1_aligned, bool dx_aligned) {
   __shared__ SegmentTile segments;
   const Sequences& seqs = sizes.seqs;
-  // r fastest: the d blocks that read the same dpre run side by side and write neighbouring keys.
+  // r fastest: the blocks that read the same dpre run side by side and write neighbouring keys.
   const int64_t n_tiles = ceil_div<int64_t>(sizes.dim, kBlockN);
-  const int r = blockIdx.x % seqs.block_stride;
-  int64_t rest = blockIdx.x / seqs.block_stride;
+  const int r_blocks = seqs.block_stride / r_per_block;
+  const int first_r = blockIdx.x % r_blocks * r_per_block;
+  int64_t rest = blockIdx.x / r_blocks;
   const int64_t first_column = rest % n_tiles * kBlockN;
   rest /= n_tiles;
   const int64_t head = rest % sizes.heads, first_segment = rest / sizes.heads * kBlockM;
   for (int i = threadIdx.x; i < kBlockM; i += kGemmThreads) {
-    segments.dx_offset[i] = -1;
-    segments.tokens[i] = segments.j[i] = segments.row[i] = 0;
+    segments.keys[i] = segments.tokens[i] = segments.j[i] = segments.row[i] = 0;
     if (first_segment + i >= num_segments(seqs)) continue;
     const SegmentPosition at = segment_position(seqs, first_segment + i);
-    if (r < at.keys) segments.dx_offset[i] = at.batch * dx.batch + (at.key + r) * dx.seq;
+    segments.dx_offset[i] = at.batch * dx.batch + at.key * dx.seq;
+    segments.keys[i] = static_cast<int32_t>(at.keys);
     segments.row[i] = static_cast<int32_t>(at.row);
     segments.j[i] = static_cast<int32_t>(at.j);
     segments.tokens[i] = static_cast<int32_t>(at.tokens);
@@ -161,24 +183,22 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
   __syncthreads();
   const int overlap = seqs.block_size / seqs.block_stride;
   DxProblem<T, kBlockN> problem{
+      sizes,
+      segments,
       dpre + head * seqs.rows * sizes.padded_hidden,
-      w1 + sizes.weight_head(head) * sizes.hidden * sizes.block_elements() + r * sizes.dim +
+      w1 + sizes.weight_head(head) * sizes.hidden * sizes.block_elements() + first_r * sizes.dim +
           first_column,
-      &segments,
-      static_cast<int>(sizes.padded_hidden),
-      static_cast<int>(sizes.hidden),
-      static_cast<int>(sizes.block_elements()),
-      static_cast<int>(seqs.block_stride * sizes.dim),
       static_cast<int>(sizes.dim - first_column),
       w1_aligned};
   T* dx_head = static_cast<T*>(dx.ptr) + head * dx.head;
-  gemm_tile<T, Major::kK, Major::kMN, kBlockN>(overlap * ceil_div<int64_t>(sizes.hidden, kBlockK),
-                                               problem, [&](int row, int tile_column, float4 v) {
-                                                 if (segments.dx_offset[row] < 0) return;
-                                                 store4<T>(dx_head + segments.dx_offset[row],
-                                                           first_column + tile_column, sizes.dim,
-                                                           dx_aligned, v);
-                                               });
+  gemm_tiles<T, Major::kK, Major::kMN, kBlockN>(
+      r_per_block, overlap * ceil_div<int64_t>(sizes.hidden, kBlockK), problem,
+      [&](int tile, int row, int tile_column, float4 v) {
+        const int r = first_r + tile;
+        if (r >= segments.keys[row]) return;
+        store4<T>(dx_head + segments.dx_offset[row] + r * dx.seq, first_column + tile_column,
+                  sizes.dim, dx_aligned, v);
+      });
 }
 
 MlpBwdWorkspace layout(const CompressMlpBwd& p, const MlpSizes& sizes, void* base) {
@@ -191,6 +211,7 @@ MlpBwdWorkspace layout(const CompressMlpBwd& p, const MlpSizes& sizes, void* bas
   w.splits = mlp_bwd_splits(sizes);
   if (p.w2) {
     w.partials = hidden_partials(sizes, cursor);
+    w.dhidden = cursor.take<float>(head_rows * sizes.padded_hidden);
     w.hidden = cursor.take<uint16_t>(head_rows * sizes.padded_hidden);
     w.dpre = cursor.take<uint16_t>(head_rows * sizes.padded_hidden);
     w.w2_partial =
@@ -210,14 +231,18 @@ void mlp_dpre(const CompressMlpBwd& p, const MlpSizes& sizes, const MlpBwdWorksp
               cudaStream_t stream) {
   dispatch_block_n(sizes.hidden, [&](auto block_n) {
     constexpr int kBlockN = block_n.value;
-    launch_gemm("mlp_dpre_kernel", mlp_dpre_kernel<T, kBlockN>,
+    launch_gemm("mlp_dhidden_kernel", mlp_dhidden_kernel<T, kBlockN>,
                 ceil_div<int64_t>(sizes.seqs.rows, kBlockM) * sizes.heads *
                     ceil_div<int64_t>(sizes.hidden, kBlockN),
-                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, w.partials,
-                static_cast<const T*>(w.dout), static_cast<const T*>(p.w2),
-                static_cast<T*>(w.hidden), static_cast<T*>(w.dpre),
+                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, sizes,
+                static_cast<const T*>(w.dout), static_cast<const T*>(p.w2), w.dhidden,
                 is_aligned16(p.w2) && sizes.hidden % 8 == 0);
   });
+  const int64_t threads = sizes.heads * sizes.seqs.rows * (sizes.padded_hidden / 4);
+  if (threads == 0) return;
+  mlp_dpre_kernel<T><<<grid_size(ceil_div<int64_t>(threads, 256)), 256, 0, stream>>>(
+      w.partials, w.dhidden, static_cast<T*>(w.hidden), static_cast<T*>(w.dpre));
+  check_launch("mlp_dpre_kernel");
 }
 
 template <class T>
@@ -225,10 +250,13 @@ void mlp_dx(const CompressMlpBwd& p, const MlpSizes& sizes, const MlpBwdWorkspac
             cudaStream_t stream) {
   dispatch_block_n(sizes.dim, [&](auto block_n) {
     constexpr int kBlockN = block_n.value;
-    launch_gemm("mlp_dx_kernel", mlp_dx_kernel<T, kBlockN>,
-                ceil_div<int64_t>(num_segments(sizes.seqs), kBlockM) * sizes.heads *
-                    ceil_div<int64_t>(sizes.dim, kBlockN) * sizes.seqs.block_stride,
-                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, sizes,
+    const int64_t tiles = ceil_div<int64_t>(num_segments(sizes.seqs), kBlockM) * sizes.heads *
+                          ceil_div<int64_t>(sizes.dim, kBlockN);
+    const int d = sizes.seqs.block_stride;
+    int r_per_block = d;  // the most that leaves two blocks for each of the 132 SMs of an H100
+    while (r_per_block > 1 && (d % r_per_block || tiles * (d / r_per_block) < 264)) --r_per_block;
+    launch_gemm("mlp_dx_kernel", mlp_dx_kernel<T, kBlockN>, tiles * (d / r_per_block),
+                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, sizes, r_per_block,
                 static_cast<const T*>(w.dpre), static_cast<const T*>(p.w1), p.dx,
                 is_aligned16(p.w1), rows_aligned16(p.dx));
   });

@@ -21,8 +21,9 @@ struct MlpBwdWorkspace {
   int64_t* x_offset;  // (rows): where a token starts in x, -1 if the row holds none
   void* dout;         // (heads, rows, padded_out) of the inputs' dtype, zero where no token is
   HiddenPartials partials;
-  void* hidden;  // (heads, rows, padded_hidden) of the inputs' dtype: gelu(pre)
-  void* dpre;    // as hidden; `dout` itself when linear
+  float* dhidden;  // (heads, rows, padded_hidden): dout W2
+  void* hidden;    // (heads, rows, padded_hidden) of the inputs' dtype: gelu(pre)
+  void* dpre;      // as hidden; `dout` itself when linear
   MlpBwdSplits splits;
   float* w1_partial;      // (Hw, splits.w1, hidden, l * D)
   float* w2_partial;      // (Hw, splits.w2, D_out, padded_hidden)

@@ -86,8 +86,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       w2_aligned};
   T* out_head = static_cast<T*>(out.ptr) + tile.head * out.head;
   if (b2) b2 += hw * sizes.dim_out;
-  gemm_tile<T, Major::kK, Major::kK, kBlockN>(
-      ceil_div<int64_t>(sizes.hidden, kBlockK), problem, [&](int row, int tile_column, float4 v) {
+  gemm_tiles<T, Major::kK, Major::kK, kBlockN>(
+      1, ceil_div<int64_t>(sizes.hidden, kBlockK), problem,
+      [&](int, int row, int tile_column, float4 v) {
         const int64_t column = first_column + tile_column;
         if (out_offset[row] < 0) return;
         float values[4] = {v.x, v.y, v.z, v.w};

@@ -16,10 +16,12 @@ namespace compress {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRun = 4;  // consecutive tokens of a thread of pool_fwd_run_kernel
+constexpr int kBatch = 8;  // loads of a thread in flight
+constexpr int kRun = 4;    // consecutive tokens of a thread of pool_fwd_run_kernel
 constexpr int64_t kMinRunThreads = 32 * 1024;  // fewer than 256 threads an SM: don't use runs
 constexpr int kRowsPerTile = 64;     // rows whose offsets pool_bwd_weight_kernel keeps at a time
 constexpr int kOffsetsPerPass = 2;   // offsets r within a block that it sums at a time
+constexpr int kRowBatch = 4;         // rows whose loads it has in flight
 constexpr int64_t kMinChunk = 16;    // rows of a partial sum: enough blocks to fill the GPU at
 constexpr int64_t kMaxChunks = 512;  // short lengths, a bounded workspace at long ones
 
@@ -78,6 +80,25 @@ struct PoolHead {
   }
 };
 
+/// The keys x[0 .. count) of this lane, kBatch loads in flight at a time: use(r, key).
+template <class T, bool kAligned, class Use>
+__device__ __forceinline__ void for_each_key(const T* x, int64_t stride, int count,
+                                             const Use& use) {
+  for (int first = 0; first < count; first += kBatch) {
+    uint4 raw[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      raw[i] = first + i < count ? load8<T, kAligned>(x + (first + i) * stride) : uint4{};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= count) break;
+      float key[8];
+      unpack8<T>(raw[i], key);
+      use(first + i, key);
+    }
+  }
+}
+
 /// One row by one thread.
 template <class T, bool kAligned>
 __device__ __forceinline__ void pool_row(const CompressPoolFwd& p,
@@ -86,18 +107,15 @@ __device__ __forceinline__ void pool_row(const CompressPoolFwd& p,
   float sum[8] = {};
   if (at.used()) {
     const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
-#pragma unroll 8
-    for (int r = 0; r < p.shape.block_size; ++r) {
-      float key[8];
-      unpack8<T>(load8<T, kAligned>(x + r * p.x.seq), key);
+    for_each_key<T, kAligned>(x, p.x.seq, p.shape.block_size, [&](int r, const float (&key)[8]) {
       head.add(key, r, p.shape.dim, sum);
-    }
+    });
   }
   head.store(at.batch * p.out.batch + at.token * p.out.seq, sum);
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     pool_fwd_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
   const int64_t row = blockIdx.x / p.shape.heads * tile.slots + tile.slot();
   if (tile.slot() >= tile.slots || row >= seqs.rows) return;
@@ -109,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
 /// part of the kOverlap tokens j, j-1, .., whose sums are carried along. The order of every sum is
 /// that of pool_row, so the bits are too.
 template <class T, int kOverlap>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     pool_fwd_run_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
   const int64_t first = (blockIdx.x / p.shape.heads * tile.slots + tile.slot()) * kRun;
   if (tile.slot() >= tile.slots || first >= seqs.rows) return;
@@ -125,14 +143,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   float sum[kOverlap][8] = {};
 #pragma unroll 1
   for (int j = 0; j < kRun + kOverlap - 1; ++j) {
-#pragma unroll 8
-    for (int r = 0; r < d; ++r) {
-      float key[8];
-      unpack8<T>(load8<T, true>(x), key);
-      x += p.x.seq;
+    for_each_key<T, true>(x + j * d * p.x.seq, p.x.seq, d, [&](int r, const float (&key)[8]) {
 #pragma unroll
       for (int i = 0; i < kOverlap; ++i) head.add(key, i * d + r, p.shape.dim, sum[i]);
-    }
+    });
     const int done = j - (kOverlap - 1);  // the token that ends with this segment
     if (done >= 0)
       head.store(at.batch * p.out.batch + (at.token + done) * p.out.seq, sum[kOverlap - 1]);
@@ -201,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 /// Partial sums over the rows of a chunk: partial[head][chunk][0..l) = sum of dout[c] . x[c*d+r]
 /// and [l..l+D) = sum of dout[c], from which pool_bwd_finish_kernel makes dweight and dpos.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     pool_bwd_weight_kernel(CompressPoolBwd p, Sequences seqs, Tile tile, int64_t chunk,
                            int64_t num_chunks, float* partial) {
   __shared__ int64_t x_offset[kRowsPerTile], dout_offset[kRowsPerTile];
@@ -230,22 +244,33 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
       __syncthreads();
       if (!active) continue;
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) {
-        const uint4 zero = {};
-        const bool used = x_offset[i] >= 0;
-        float grad[8];
-        unpack8<T>(used ? load8<T, kAligned>(dout + dout_offset[i]) : zero, grad);
+      for (int first_row = 0; first_row < count; first_row += kRowBatch) {
+        uint4 grads[kRowBatch], keys[kRowBatch][kOffsetsPerPass];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) dout_sum[j] += grad[j];
+        for (int i = 0; i < kRowBatch; ++i) {
+          const bool used = first_row + i < count && x_offset[first_row + i] >= 0;
+          grads[i] = used ? load8<T, kAligned>(dout + dout_offset[first_row + i]) : uint4{};
 #pragma unroll
-        for (int k = 0; k < kOffsetsPerPass; ++k) {
-          const int r = first + k * tile.slots + slot;
-          const bool wanted = used && r < num_offsets;
-          float value[8];
-          unpack8<T>(wanted ? load8<T, kAligned>(x + x_offset[i] + r * p.x.seq) : zero, value);
+          for (int k = 0; k < kOffsetsPerPass; ++k) {
+            const int r = first + k * tile.slots + slot;
+            keys[i][k] = used && r < num_offsets
+                             ? load8<T, kAligned>(x + x_offset[first_row + i] + r * p.x.seq)
+                             : uint4{};
+          }
+        }
 #pragma unroll
-          for (int j = 0; j < 8; ++j) sum[k] = fmaf(grad[j], value[j], sum[k]);
+        for (int i = 0; i < kRowBatch; ++i) {
+          float grad[8];
+          unpack8<T>(grads[i], grad);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) dout_sum[j] += grad[j];
+#pragma unroll
+          for (int k = 0; k < kOffsetsPerPass; ++k) {
+            float key[8];
+            unpack8<T>(keys[i][k], key);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum[k] = fmaf(grad[j], key[j], sum[k]);
+          }
         }
       }
     }
