@@ -1,5 +1,6 @@
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/attn_kernels.h"
 // The target comes after every header whose code other translation units share.

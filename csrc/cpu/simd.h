@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define NSA_CPU_INLINE inline __attribute__((always_inline))
 
@@ -56,9 +57,7 @@ NSA_CPU_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 NSA_CPU_INLINE Vec<T> splat(T x) {
-  Vec<T> v;
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
-  return v;
+  return x - Vec<T>{};  // exact, -0 included, and a single broadcast
 }
 
 template <class V>
@@ -66,44 +65,35 @@ NSA_CPU_INLINE V vmax(V a, V b) {
   return a > b ? a : b;
 }
 
+/// The elements rotated down by `kShift` places.
+template <class T, int kShift, int... kLane>
+NSA_CPU_INLINE Vec<T> rotate(Vec<T> v, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (kLane + kShift) % kLanes<T>...);
+#else
+  return __builtin_shuffle(v, IntVec<T>{(kLane + kShift) % kLanes<T>...});
+#endif
+}
+
 /// Sum and maximum of the elements, by halving.
-template <class T, int kBytes>
-NSA_CPU_INLINE T reduce_sum(typename VectorOf<T, kBytes>::type v) {
-  if constexpr (kBytes > 16) {
-    typename VectorOf<T, kBytes / 2>::type lo, hi;
-    std::memcpy(&lo, &v, kBytes / 2);
-    std::memcpy(&hi, reinterpret_cast<const char*>(&v) + kBytes / 2, kBytes / 2);
-    return reduce_sum<T, kBytes / 2>(lo + hi);
-  } else if constexpr (sizeof(T) == 8) {
-    return v[0] + v[1];
-  } else {
-    return (v[0] + v[1]) + (v[2] + v[3]);
-  }
-}
-
-template <class T, int kBytes>
-NSA_CPU_INLINE T reduce_max(typename VectorOf<T, kBytes>::type v) {
-  if constexpr (kBytes > 16) {
-    typename VectorOf<T, kBytes / 2>::type lo, hi;
-    std::memcpy(&lo, &v, kBytes / 2);
-    std::memcpy(&hi, reinterpret_cast<const char*>(&v) + kBytes / 2, kBytes / 2);
-    return reduce_max<T, kBytes / 2>(vmax(lo, hi));
-  } else if constexpr (sizeof(T) == 8) {
-    return v[0] > v[1] ? v[0] : v[1];
-  } else {
-    const T a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
-    return a > b ? a : b;
-  }
-}
-
-template <class T>
+template <class T, int kShift = kLanes<T> / 2>
 NSA_CPU_INLINE T hsum(Vec<T> v) {
-  return reduce_sum<T, NSA_CPU_VECTOR_BYTES>(v);
+  v += rotate<T, kShift>(v, std::make_integer_sequence<int, kLanes<T>>());
+  if constexpr (kShift > 1) {
+    return hsum<T, kShift / 2>(v);
+  } else {
+    return v[0];
+  }
 }
 
-template <class T>
+template <class T, int kShift = kLanes<T> / 2>
 NSA_CPU_INLINE T hmax(Vec<T> v) {
-  return reduce_max<T, NSA_CPU_VECTOR_BYTES>(v);
+  v = vmax(v, rotate<T, kShift>(v, std::make_integer_sequence<int, kLanes<T>>()));
+  if constexpr (kShift > 1) {
+    return hmax<T, kShift / 2>(v);
+  } else {
+    return v[0];
+  }
 }
 
 }  // namespace nsa::cpu::NSA_CPU_TARGET
