@@ -39,9 +39,10 @@ def check_tensor(
     sizes: tuple[int | None, ...],
     like: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    fits_to: str = "",
 ) -> None:
     """x is a tensor of these sizes (None: any), contiguous in its last dim, on the device of
-    ``like`` (q) and of its dtype, or of ``dtype``."""
+    ``like`` (q) and of its dtype, or of ``dtype``. ``fits_to`` names where the sizes come from."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     fits = x.dim() == len(sizes)
@@ -51,7 +52,8 @@ def check_tensor(
         expected = ", ".join(
             dim if size is None else f"{dim}={size}" for dim, size in zip(dims, sizes, strict=True)
         )
-        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
+        source = f" to fit {fits_to}" if fits_to else ""
+        raise ValueError(f"{name}: expected shape ({expected}){source}, got {tuple(x.shape)}")
     if dtype is None and like is not None:
         dtype = like.dtype
     if dtype is not None and x.dtype != dtype:
@@ -129,11 +131,15 @@ def check_kv(
 ) -> None:
     """As :func:`check_k`, and the values have the rows and heads of the keys, and ``dim_v``."""
     check_k(names[0], k, q, packed, rows, heads, compressed)
-    check_v(names[1], v, k, (*_key_rows(packed, compressed), "Hkv", "Dv"), dim_v)
+    check_v(names, v, k, (*_key_rows(packed, compressed), "Hkv", "Dv"), dim_v)
 
 
-def check_v(name: str, v: Tensor, k: Tensor, dims: tuple[str, ...], dim_v: int | None) -> None:
-    check_tensor(name, v, dims, (*k.shape[:-1], dim_v), like=k)
+def check_v(
+    names: tuple[str, str], v: Tensor, k: Tensor, dims: tuple[str, ...], dim_v: int | None
+) -> None:
+    """The values have the rows and heads of the keys."""
+    k_name, name = names
+    check_tensor(name, v, dims, (*k.shape[:-1], dim_v), like=k, fits_to=k_name)
     if v.shape[-1] < 1:
         raise ValueError(f"{name}: expected at least one dim, got {tuple(v.shape)}")
 
@@ -171,7 +177,7 @@ def check_compress_input(
     rows = _rows(packed, "k")
     check_tensor("k", k, (*rows, "Hkv", "Dk"), (*((None,) * len(rows)), heads, dim_k))
     check_floating("k", k)
-    check_v("v", v, k, (*rows, "Hkv", "Dv"), dim_v)
+    check_v(("k", "v"), v, k, (*rows, "Hkv", "Dv"), dim_v)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

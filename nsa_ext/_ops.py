@@ -179,7 +179,8 @@ def _differentiate(
             return (*(differentiable * (None,)), *without_grad)
         if dout.shape[-1] != 1 and dout.stride(-1) != 1:
             dout = dout.contiguous()
-        inputs, results = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+        stored = ctx.saved_tensors  # read once: activation checkpointing recomputes at each read
+        inputs, results = stored[:tensors], stored[tensors:]
         grads = backward_op(
             dout,
             *inputs[:differentiable],
