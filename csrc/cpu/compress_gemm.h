@@ -28,7 +28,9 @@ constexpr int64_t packed_size(int64_t depth, int64_t columns) {
   return num_panels<T>(columns) * depth * kPanel<T>;
 }
 
-/// Row k of B: `columns` elements of src from `offset` on. The padding is zeroed.
+/// Row k of B: `columns` elements of src from `offset` on. The padding is zeroed: nothing reads its
+/// products, but what memory happens to hold could be denormal numbers, on which arithmetic is
+/// slow.
 template <class T>
 void pack_row(DType dtype, const void* src, int64_t offset, int64_t depth, int64_t columns,
               int64_t k, T* packed) {
