@@ -39,7 +39,7 @@ class TileRing {
     mbarrier_wait(barriers_ + read_stage_ * kRingBarrierBytes, read_parity_);
     return tiles_ + read_stage_ * tile_bytes_;
   }
-  /// The calling warp is done with the oldest tile, which it need not have waited for.
+  /// The calling warp is done with the tile that it waited for.
   __device__ __forceinline__ void release(int lane) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(barriers_ + read_stage_ * kRingBarrierBytes + 8);

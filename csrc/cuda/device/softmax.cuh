@@ -26,8 +26,7 @@ struct OnlineRow {
   float max = negative_infinity();
   float sum = 0.0f;
 
-  /// Takes a new maximum; returns by what earlier exponentials are to be multiplied. `reference` is
-  /// what to subtract in the exponent: the scaled maximum, 0 where the row has seen nothing.
+  /// Takes a new maximum; returns by what earlier exponentials are to be multiplied.
   __device__ __forceinline__ float raise(float new_max, float scale_log2, float& reference) {
     new_max = fmaxf(max, new_max);
     reference = new_max == negative_infinity() ? 0.0f : new_max * scale_log2;
@@ -35,6 +34,11 @@ struct OnlineRow {
     max = new_max;
     sum *= factor;
     return factor;
+  }
+  /// What to subtract from scaled scores in the exponent: the scaled maximum, 0 where the row has
+  /// seen nothing.
+  __device__ __forceinline__ float reference(float scale_log2) const {
+    return max == negative_infinity() ? 0.0f : max * scale_log2;
   }
   /// Merges the shares of the quad, which may have different maxima.
   __device__ __forceinline__ void merge_quad(float scale_log2) {

@@ -26,7 +26,11 @@ struct FwdTraits {
   static constexpr int kDk = kDk_, kDv = kDv_, kGroups = kGroups_, kWarps = kWarps_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr bool kSelect = kSelect_;
-  static constexpr int kThreads = 32 * kWarps;
+  // Gathered tiles are copied by two more warps, one for K and one for V: the others work at
+  // different times. (The registers of ten warps are those of twelve: 168 a thread.)
+  static constexpr bool kProducer = Source::kSparse;
+  static constexpr int kThreads = 32 * (kWarps + 2 * kProducer);
+  static constexpr int kFillThreads = kProducer ? 32 : kThreads;
   static constexpr int kWarpRows = 16 * kGroups, kRows = kWarpRows * kWarps;
   static constexpr int kTileBytesK = kTileKeys * kDk * 2, kTileBytesV = kTileKeys * kDv * 2;
   static constexpr int kQueryBytes = kRows * kDk * 2;
@@ -58,7 +62,7 @@ class FwdBlock {
   using T = typename Traits::T;
   using Source = typename Traits::Source;
   static constexpr int kDk = Traits::kDk, kDv = Traits::kDv, kGroups = Traits::kGroups;
-  static constexpr int kThreads = Traits::kThreads;
+  static constexpr int kFillThreads = Traits::kFillThreads;
   // 16 rows a warp leave room for Q in registers; 32 rows next to the output's 128 do not.
   static constexpr bool kQueryInRegisters = kGroups == 1;
   static constexpr bool kQueryInRegistersForLse = kGroups * kDk <= 256;
@@ -70,14 +74,14 @@ class FwdBlock {
     TileRing ring_k(base + layout.k, Traits::kTileBytesK, base + layout.barriers_k, p.stages_k);
     TileRing ring_v(base + layout.v, Traits::kTileBytesV, base + layout.barriers_v, p.stages_v);
     if (threadIdx.x == 0) {
-      ring_k.init_barriers(kThreads, Traits::kWarps);
-      ring_v.init_barriers(kThreads, Traits::kWarps);
-      mbarrier_init(base + layout.barrier_q, kThreads);
+      ring_k.init_barriers(kFillThreads, Traits::kWarps);
+      ring_v.init_barriers(kFillThreads, Traits::kWarps);
+      mbarrier_init(base + layout.barrier_q, 32 * Traits::kWarps);
     }
     __syncthreads();
-    load_query(p, job, base, base + layout.barrier_q);
-
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (warp < Traits::kWarps) load_query(p, job, base, base + layout.barrier_q);
+
     const int warp_row = warp * Traits::kWarpRows;
     const Source source(p, job, warp_row, smem + layout.extra);
     const int tiles = source.tiles();
@@ -86,28 +90,37 @@ class FwdBlock {
                        job.row_k * p.k.seq + job.head_kv * p.k.head;
     const T* const v = static_cast<const T*>(p.v.ptr) + job.batch * p.v.batch +
                        job.row_k * p.v.seq + job.head_kv * p.v.head;
-    const auto fill_k = [&](int tile) {
-      load_tile<kDk, kTileKeys, kThreads>(ring_k.begin_fill(), threadIdx.x, [&](int row) {
-        const int key = source.key(tile, row);
-        return key < 0 ? nullptr : k + key * p.k.seq;
-      });
-      ring_k.end_fill();
-    };
-    const auto fill_v = [&](int tile) {
-      load_tile<kDv, kTileKeys, kThreads>(ring_v.begin_fill(), threadIdx.x, [&](int row) {
-        const int key = source.key(tile, row);
-        return key < 0 ? nullptr : v + key * p.v.seq;
-      });
-      ring_v.end_fill();
-    };
-
+    const int fill_thread = Traits::kProducer ? lane : threadIdx.x;
     // With kSelect the ring of K carries the tiles twice, once for each pass.
     const int fills_k = Traits::kSelect ? 2 * tiles : tiles, fills_v = p.has_output ? tiles : 0;
-    const auto fill_k_at = [&](int i) {
-      if (i < fills_k) fill_k(i < tiles ? i : i - tiles);
+    const auto fill_k = [&](int i) {
+      if (i >= fills_k) return;
+      load_segments<kDk, kFillThreads>(ring_k.begin_fill(), fill_thread, k, p.k.seq, source,
+                                       i < tiles ? i : i - tiles);
+      ring_k.end_fill();
     };
-    for (int i = 0; i < p.ahead_k; ++i) fill_k_at(i);
-    for (int i = 0; i < p.ahead_v && i < fills_v; ++i) fill_v(i);
+    const auto fill_v = [&](int i) {
+      if (i >= fills_v) return;
+      load_segments<kDv, kFillThreads>(ring_v.begin_fill(), fill_thread, v, p.v.seq, source, i);
+      ring_v.end_fill();
+    };
+    if constexpr (Traits::kProducer) {
+      if (warp >= Traits::kWarps) {
+        for (int tile = 0; tile < tiles; ++tile) {
+          if (warp == Traits::kWarps) {
+            fill_k(tile);
+          } else {
+            fill_v(tile);
+          }
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        return;
+      }
+    } else {
+      for (int i = 0; i < p.stages_k; ++i) fill_k(i);
+      for (int i = 0; i < p.stages_v; ++i) fill_v(i);
+    }
 
     mbarrier_wait(base + layout.barrier_q, 0);
     const uint32_t query_rows = base + warp_row * kDk * 2;
@@ -120,16 +133,17 @@ class FwdBlock {
       const QueryRows<T, kDk, kGroups, kQueryInRegistersForLse> query(query_rows, lane);
       for (int tile = 0; tile < tiles; ++tile) {
         const TileView view = source.view(tile);
+        const uint32_t keys = ring_k.wait();
         if (view.active) {
           float s[kGroups][8][4];
-          scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, ~0u);
+          scores<T, kDk, kGroups>(s, query, keys, reader_k, ~0u);
           ring_k.release(lane);
           mask_scores(p, source, view, warp_row, lane, s);
           accumulate_lse(p, s, rows);
         } else {
           ring_k.release(lane);
         }
-        fill_k_at(tile + p.ahead_k);
+        fill_k(tile + p.stages_k);
       }
       finish_lse(p, job, warp_row, lane, rows, negative_lse2);
     }
@@ -149,11 +163,15 @@ class FwdBlock {
       const TileView view = source.view(tile);
       const uint32_t groups = Source::kSparse ? view.active : ~0u;
       uint32_t packed[kGroups][kTileKeys / 16][4];
+      const uint32_t keys = ring_k.wait();
+      // The copies of a tile wait for the slowest warp to release what it replaces; each warp
+      // issues its share half a tile after its own release.
+      const bool refill = !Traits::kProducer;
       if (view.active) {
         float s[kGroups][8][4];
-        scores<T, kDk, kGroups>(s, query, ring_k.wait(), reader_k, groups);
+        scores<T, kDk, kGroups>(s, query, keys, reader_k, groups);
         ring_k.release(lane);
-        if (tile > 0 && tile - 1 + p.ahead_v < fills_v) fill_v(tile - 1 + p.ahead_v);
+        if (refill && tile > 0) fill_v(tile - 1 + p.stages_v);
         mask_scores(p, source, view, warp_row, lane, s);
         if constexpr (Traits::kSelect) {
           exponentials(p, s, negative_lse2);
@@ -166,11 +184,12 @@ class FwdBlock {
         for (int m = 0; m < kGroups; ++m) pack_probabilities<T>(packed[m], s[m]);
       } else {
         ring_k.release(lane);
-        if (tile > 0 && tile - 1 + p.ahead_v < fills_v) fill_v(tile - 1 + p.ahead_v);
+        if (refill && tile > 0) fill_v(tile - 1 + p.stages_v);
       }
-      fill_k_at((Traits::kSelect ? tiles : 0) + tile + p.ahead_k);
+      if (refill) fill_k((Traits::kSelect ? tiles : 0) + tile + p.stages_k);
       if (p.has_output) {
-        if (view.active) accumulate<T, kDv, kGroups>(o, packed, ring_v.wait(), reader_v, groups);
+        const uint32_t values = ring_v.wait();
+        if (view.active) accumulate<T, kDv, kGroups>(o, packed, values, reader_v, groups);
         ring_v.release(lane);
       }
     }
@@ -196,7 +215,7 @@ class FwdBlock {
 
   __device__ __forceinline__ static void load_query(const FwdParams& p, const Job& job,
                                                     uint32_t tile, uint32_t barrier) {
-    load_tile<kDk, Traits::kRows, kThreads>(tile, threadIdx.x, [&](int row) {
+    load_tile<kDk, Traits::kRows, 32 * Traits::kWarps>(tile, threadIdx.x, [&](int row) {
       return row_exists(p, job, row)
                  ? query_row<const T>(p.q, p, job, token_of(p, row), head_of(p, row))
                  : nullptr;
@@ -237,22 +256,46 @@ class FwdBlock {
     return value;
   }
 
-  /// First pass: every lane keeps the maximum and sum of its own columns; quads merge at the end.
+  /// First pass: every lane keeps the reference and sum of its own columns; quads merge at the end.
+  /// Sums in float32 have room for scores far above the reference, so that is raised to the maximum
+  /// only where a sum grows large: no maxima are computed for most tiles.
   __device__ __forceinline__ static void accumulate_lse(const FwdParams& p,
                                                         const float (&s)[kGroups][8][4],
                                                         OnlineRow (&rows)[kGroups][2]) {
+    constexpr float kLarge = 1 << 30;
+    float sums[kGroups][2];
+    bool raise = false;
 #pragma unroll
     for (int m = 0; m < kGroups; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float reference, sum = 0.0f;
-        rows[m][half].raise(lane_max(s[m], half), p.scale_log2, reference);
-#pragma unroll
-        for (int i = 0; i < 16; ++i)
-          sum += exp2_approx(fmaf(s[m][i / 2][half * 2 + i % 2], p.scale_log2, -reference));
-        rows[m][half].sum += sum;
+        const OnlineRow& row = rows[m][half];
+        sums[m][half] = lane_sum(p, s[m], half, row.reference(p.scale_log2));
+        raise |= row.max == negative_infinity() || sums[m][half] > kLarge;
       }
     }
+    raise = __any_sync(0xffffffffu, raise);
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        OnlineRow& row = rows[m][half];
+        if (raise) {
+          float reference;
+          row.raise(lane_max(s[m], half), p.scale_log2, reference);
+          sums[m][half] = lane_sum(p, s[m], half, reference);
+        }
+        row.sum += sums[m][half];
+      }
+    }
+  }
+  __device__ __forceinline__ static float lane_sum(const FwdParams& p, const float (&s)[8][4],
+                                                   int half, float reference) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      sum += exp2_approx(fmaf(s[i / 2][half * 2 + i % 2], p.scale_log2, -reference));
+    return sum;
   }
 
   __device__ __forceinline__ static void finish_lse(const FwdParams& p, const Job& job,
@@ -293,7 +336,9 @@ class FwdBlock {
     }
   }
 
-  /// s becomes exp(scale (s - maximum so far)); the output so far is rescaled to that maximum.
+  /// s becomes exp(scale (s - reference)), where the reference of a row is its maximum so far, or
+  /// up to max_slack below it: then the output so far need not be rescaled, nor the quad agree on a
+  /// new maximum.
   __device__ __forceinline__ static void online_softmax(const FwdParams& p, uint32_t groups,
                                                         float (&s)[kGroups][8][4],
                                                         OnlineRow (&rows)[kGroups][2],
@@ -301,11 +346,20 @@ class FwdBlock {
 #pragma unroll
     for (int m = 0; m < kGroups; ++m) {
       if (kGroups > 1 && !(groups >> m & 1)) continue;
-      float factor[2];
+      const float max[2] = {lane_max(s[m], 0), lane_max(s[m], 1)};
+      if (__any_sync(0xffffffffu, max[0] > rows[m][0].max + p.max_slack ||
+                                      max[1] > rows[m][1].max + p.max_slack)) {
+        float factor[2], reference;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          factor[half] = rows[m][half].raise(quad_max(max[half]), p.scale_log2, reference);
+#pragma unroll
+        for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] *= factor[i / 2 % 2];
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float reference, sum = 0.0f;
-        factor[half] = rows[m][half].raise(quad_max(lane_max(s[m], half)), p.scale_log2, reference);
+        const float reference = rows[m][half].reference(p.scale_log2);
+        float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
           float& x = s[m][i / 2][half * 2 + i % 2];
@@ -314,10 +368,6 @@ class FwdBlock {
         }
         rows[m][half].sum += sum;
       }
-      // Maxima settle after a few tiles.
-      if (__all_sync(0xffffffffu, factor[0] == 1.0f && factor[1] == 1.0f)) continue;
-#pragma unroll
-      for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] *= factor[i / 2 % 2];
     }
   }
 

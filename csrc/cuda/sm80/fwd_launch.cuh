@@ -65,10 +65,6 @@ int64_t plan_shared_memory(FwdParams& p) {
       for (const Stages stages : kStageChoices<Traits>) {
         p.stages_k = stages.k;
         p.stages_v = stages.v;
-        // Warps that skip tiles run ahead of those that don't: leave them two tiles of slack.
-        const int slack = Traits::Source::kSparse ? 2 : 0;
-        p.ahead_k = std::max(1, stages.k - slack);
-        p.ahead_v = std::max(1, stages.v - slack);
         const int64_t bytes = FwdSmem<Traits>::bytes(p);
         if (bytes <= limits.of(blocks)) return bytes;
       }

@@ -7,6 +7,31 @@
 
 namespace nsa::cuda::sm80 {
 
+/// Loads a tile of keys or values: its two segments of consecutive rows of global memory.
+template <int kDim, int kThreads, class T, class Source>
+__device__ __forceinline__ void load_segments(uint32_t tile, int thread, const T* base,
+                                              int64_t stride, const Source& source, int index) {
+  constexpr int kRowsAtOnce = kThreads / 8;  // eight threads copy 128 bytes of a row at once
+  static_assert(kSegmentKeys % kRowsAtOnce == 0);
+  const int row = thread >> 3, chunk = thread & 7;
+#pragma unroll
+  for (int segment = 0; segment < 2; ++segment) {
+    const SegmentRows rows = source.rows(index, segment);
+    const T* src = base + (rows.first + row) * stride + chunk * 8;
+    const int64_t step = kRowsAtOnce * stride;
+#pragma unroll
+    for (int i = 0; i < kSegmentKeys; i += kRowsAtOnce) {
+      const uint32_t dst =
+          tile + segment * kSegmentKeys * kDim * 2 + tile_offset<kDim>(row + i, chunk);
+      const bool valid = row + i < rows.count;
+#pragma unroll
+      for (int panel = 0; panel < kDim / 64; ++panel)
+        cp_async_16(dst + panel * 128, src + panel * 64, valid);
+      src += step;
+    }
+  }
+}
+
 /// A warp's rows of Q as A fragments: read again from shared memory for every tile, or kept in
 /// registers.
 template <class T, int kDim, int kGroups, bool kInRegisters>

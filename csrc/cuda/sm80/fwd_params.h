@@ -28,11 +28,11 @@ struct FwdParams {
   int32_t tiles;               // query tiles of the longest sequence
   int32_t index_count;         // n
   int32_t stages_k, stages_v;  // tiles in shared memory
-  int32_t ahead_k, ahead_v;    // how many tiles the copies run ahead, at most the stages
   int32_t sort_size;           // power of two that holds the index_count * tile_tokens indices
   int32_t select_shift;        // log2 l'
   int32_t stride_shift;        // log2 d
   float scale_log2;            // softmax_scale * log2(e): softmax in base two
+  float max_slack;  // how far a raw score may exceed the running maximum: 2^8 in base two
   BlockConfig config;
 };
 

@@ -46,18 +46,13 @@ class Selection {
     const int64_t tokens = p.tile_tokens;
     return tokens > kWarps ? tokens : kWarps;
   }
-  /// Bytes of shared memory for one token more in the query tile.
-  static int64_t token_bytes(int index_count) {
-    return kColumns * sizeof(float) + index_count * (sizeof(float) + sizeof(int));
+  static int64_t smem_bytes(const FwdParams& p) {
+    return slots(p) * (kColumns + TopList::words(p.index_count)) * sizeof(float);
   }
-  static int64_t smem_bytes(const FwdParams& p) { return slots(p) * token_bytes(p.index_count); }
 
   __device__ __forceinline__ Selection(const FwdParams& p, const Job& job, int warp, char* smem)
-      : p_(p), job_(job), warp_(warp) {
-    const int slots = max(p.tile_tokens, kWarps);
-    columns_ = reinterpret_cast<float*>(smem);
-    scores_ = columns_ + slots * kColumns;
-    indices_ = reinterpret_cast<int*>(scores_ + slots * p.index_count);
+      : p_(p), job_(job), warp_(warp), columns_(reinterpret_cast<float*>(smem)) {
+    lists_ = columns_ + max(p.tile_tokens, kWarps) * kColumns;
   }
 
   __device__ void begin(int lane) const {
@@ -134,7 +129,10 @@ class Selection {
       score_tile(tile, lane);
     }
     for (int i = 0; i < tokens(); ++i) {
-      if (first_token() + i < job_.tokens) write_indices(first_token() + i, lane);
+      const int token = first_token() + i;
+      if (token >= job_.tokens) break;
+      list(token).merge(lane);
+      write_indices(token, lane);
     }
   }
 
@@ -179,7 +177,7 @@ class Selection {
   __device__ __forceinline__ TopList list(int token) const {
     const int n = p_.index_count;
     const Forced forced(p_, job_.position(token));
-    return {scores_ + token * n, indices_ + token * n, forced.capacity(n)};
+    return TopList(lists_ + token * TopList::words(n), n, forced.capacity(n));
   }
 
   template <int kSteps>
@@ -203,10 +201,11 @@ class Selection {
       const int local_block = item & ((1 << blocks_shift()) - 1);
       const int block = (tile << blocks_shift()) + local_block;
       float score = 0.0f;
-      bool admitted = false;
+      bool candidate = false;
       if (item < items && token < job_.tokens) {
         const Forced forced(p_, job_.position(token));
-        if (block >= forced.init && block < forced.local) {
+        candidate = block >= forced.init && block < forced.local;
+        if (candidate) {
           const int slot = shared_token() ? warp_ : token;
           const float* column = columns_ + slot * kColumns + kHalo + local_block * strides;
           for (int k = 1 - reach; k < strides; ++k) {
@@ -214,18 +213,9 @@ class Selection {
             if (shared_token()) sum += column[kColumns + k];
             score += sum * static_cast<float>(k < 0 ? reach + k : min(reach, strides - k));
           }
-          admitted = list(token).admits(score);
         }
       }
-      uint32_t pending = __ballot_sync(0xffffffffu, admitted);
-      while (pending) {
-        const int source = __ffs(pending) - 1;
-        pending &= pending - 1;
-        const float value = __shfl_sync(0xffffffffu, score, source);
-        const int value_token = __shfl_sync(0xffffffffu, token, source);
-        const int value_block = __shfl_sync(0xffffffffu, block, source);
-        list(value_token).insert(value, value_block, lane);
-      }
+      keep_best(token, block, candidate, score, lane);
     }
     sync_token();
     for (int i = 0; i < slots_per_warp(); ++i) {
@@ -233,6 +223,28 @@ class Selection {
       if (lane < kHalo) columns[lane] = columns[kTileKeys + lane];
     }
     __syncwarp();
+  }
+
+  /// Offers one block of each lane to the list of its token.
+  __device__ __forceinline__ void keep_best(int token, int block, bool candidate, float score,
+                                            int lane) const {
+    const TopList best = list(token);
+    // The lanes whose blocks belong to the same token.
+    const int width = min(32, 1 << blocks_shift());
+    const uint32_t peers = (width == 32 ? ~0u : (1u << width) - 1) << (lane & ~(width - 1));
+    for (;;) {
+      const bool admitted = candidate && best.admits(score);
+      const uint32_t all_admitted = __ballot_sync(0xffffffffu, admitted);
+      if (all_admitted == 0) return;
+      const uint32_t mine = all_admitted & peers;
+      const uint32_t full = __ballot_sync(0xffffffffu, admitted && best.overflows(__popc(mine)));
+      if (full == 0) {
+        if (admitted) best.append(score, block, mine, lane);
+        __syncwarp();
+        return;
+      }
+      list(__shfl_sync(0xffffffffu, token, __ffs(full) - 1)).merge(lane);
+    }
   }
 
   /// The forced blocks and the list, ascending, padded with -1.
@@ -243,13 +255,13 @@ class Selection {
     const Forced forced(p_, job_.position(token));
     const TopList best = list(token);
     int chosen = 0;
-    for (int base = 0; base < best.capacity; base += 32) {
-      const int index = base + lane < best.capacity ? best.index[base + lane] : -1;
+    for (int base = 0; base < best.capacity(); base += 32) {
+      const int index = base + lane < best.capacity() ? best.index(base + lane) : -1;
       chosen += __popc(__ballot_sync(0xffffffffu, index >= 0));
       if (index < 0) continue;
       int rank = forced.init;
-      for (int i = 0; i < best.capacity; ++i) {
-        const int other = best.index[i];
+      for (int i = 0; i < best.capacity(); ++i) {
+        const int other = best.index(i);
         rank += other >= 0 && other < index;
       }
       row[rank] = index;
@@ -270,8 +282,7 @@ class Selection {
   const FwdParams& p_;
   const Job& job_;
   int warp_;
-  float *columns_, *scores_;
-  int* indices_;
+  float *columns_, *lists_;
 };
 
 }  // namespace nsa::cuda::sm80

@@ -2,7 +2,7 @@
 // which keys of a tile each token sees. A tile is two segments of 32 consecutive keys.
 //
 //   tiles()                how many tiles the block of threads walks
-//   key(tile, row)         the key in a row of a tile, or -1 for a row that is left out (zeros)
+//   rows(tile, segment)    the keys to load into a segment; rows past them are zeros
 //   view(tile)             the tile as the calling warp sees it
 //   bounds(view, segment, token, lo, hi)   the token sees keys lo <= s < hi of the segment
 #pragma once
@@ -13,6 +13,10 @@ namespace nsa::cuda::sm80 {
 
 inline constexpr int kTileKeys = 64;
 inline constexpr int kSegmentKeys = 32;
+
+struct SegmentRows {
+  int first, count;  // keys first, first + 1, ..; count may exceed the 32 rows or be negative
+};
 
 struct TileView {
   int base[2];       // first key of each segment
@@ -48,9 +52,9 @@ class RangeSource {
   __device__ __forceinline__ int tiles() const {
     return end_ <= begin_ ? 0 : (end_ - begin_ + kTileKeys - 1) / kTileKeys;
   }
-  __device__ __forceinline__ int key(int tile, int row) const {
-    const int key = begin_ + tile * kTileKeys + row;
-    return key < end_ ? key : -1;
+  __device__ __forceinline__ SegmentRows rows(int tile, int segment) const {
+    const int first = begin_ + tile * kTileKeys + segment * kSegmentKeys;
+    return {first, end_ - first};
   }
   __device__ __forceinline__ TileView view(int tile) const {
     TileView view;
@@ -114,14 +118,14 @@ class SelectedSource {
     }
   }
   __device__ __forceinline__ int tiles() const { return tiles_; }
-  __device__ __forceinline__ int key(int tile, int row) const {
-    const uint2 entry = entries_[entry_of(tile, row >= kSegmentKeys)];
-    const int key = base_of(entry, tile) + (p_.select_shift == 5 ? row & (kSegmentKeys - 1) : row);
-    return entry.y != 0 && key < job_.seqlen_k ? key : -1;
+  __device__ __forceinline__ SegmentRows rows(int tile, int segment) const {
+    const uint2 entry = entries_[entry_of(tile, segment)];
+    const int first = base_of(entry, tile) + (p_.select_shift == 5 ? 0 : segment * kSegmentKeys);
+    return {first, entry.y != 0 ? job_.seqlen_k - first : 0};
   }
   __device__ __forceinline__ TileView view(int tile) const {
     TileView view;
-    const uint2 first = entries_[entry_of(tile, false)], second = entries_[entry_of(tile, true)];
+    const uint2 first = entries_[entry_of(tile, 0)], second = entries_[entry_of(tile, 1)];
     view.base[0] = base_of(first, tile);
     view.base[1] = base_of(second, tile) + (p_.select_shift == 5 ? 0 : kSegmentKeys);
     view.mask[0] = first.y;
@@ -143,8 +147,8 @@ class SelectedSource {
 
  private:
   // A tile of 64 keys is a block of 64, half a block of 128, or two blocks of 32.
-  __device__ __forceinline__ int entry_of(int tile, bool second) const {
-    return p_.select_shift == 5 ? 2 * tile + second : tile >> (p_.select_shift - 6);
+  __device__ __forceinline__ int entry_of(int tile, int segment) const {
+    return p_.select_shift == 5 ? 2 * tile + segment : tile >> (p_.select_shift - 6);
   }
   __device__ __forceinline__ int base_of(uint2 entry, int tile) const {
     const int base = static_cast<int>(entry.x) << p_.select_shift;
