@@ -11,10 +11,10 @@ namespace nsa::cuda {
 namespace bwd {
 namespace {
 
-// About 8 tasks for each block of threads that an H100 runs at a time (2 on each of 132 SMs): the
+// About 12 tasks for each block of threads that an H100 runs at a time (2 on each of 132 SMs): the
 // last ones to finish then cost little. A task of fewer than 4096 rows would spend too much of its
-// time on its keys and results.
-constexpr int64_t kTargetTasks = 2048, kMinTaskRows = 4096;
+// time on its keys and results, and partial results take memory: at 65536 tokens 200 MB.
+constexpr int64_t kTargetTasks = 3072, kMinSplits = 1024, kMinTaskRows = 4096;
 constexpr int64_t kMinChunkRows = 256;  // 1024 warps sort the lists of 65536 queries x 4 heads
 
 /// Everything that the kernels of one call get, on one workspace.
@@ -69,8 +69,9 @@ KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, WorkspaceCur
         make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1, plan.group_keys);
   const int64_t tiles = s.heads_kv * plan.groups.count * plan.parts;
   const int64_t queries = count_queries(p, plan), group = s.heads_q / s.heads_kv;
+  const int64_t splits = std::max(kTargetTasks - tiles, kMinSplits);
   const int64_t piece = round_up<int64_t>(
-      std::max(ceil_div(queries, kTargetTasks), ceil_div(kMinTaskRows, group)), 32);
+      std::max(ceil_div(queries, splits), ceil_div(kMinTaskRows, group)), 32);
   plan.piece = static_cast<int>(std::min<int64_t>(piece, INT32_MAX / 64 * 32));
   const int64_t full_pieces = queries / plan.piece;
   plan.max_tasks = static_cast<int>(grid_size(tiles + full_pieces));

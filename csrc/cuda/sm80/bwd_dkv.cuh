@@ -36,11 +36,12 @@ struct DkvTraits {
   static_assert(kTaskKeys * (kDimQk + kDimV) * 2 <= kStages * kStageBytes);
 };
 
-/// Barriers: 1 for all threads, then one for each pair and half tile.
-inline constexpr int kAllWarpsBarrier = 1, kFirstPairBarrier = 2;
+/// Named barriers: one for each pair and half tile, from this number on.
+inline constexpr int kFirstPairBarrier = 1;
 
 /// One warp's part of a row tile. kMakesP: first product K Q^T, second P^T dO; else V dO^T, dS^T Q.
-template <class T, int kFirstDim, int kSecondDim, int kKeyTiles, bool kMakesP>
+/// The mask is a template parameter so that the common case is one block of code to schedule.
+template <class T, int kFirstDim, int kSecondDim, int kKeyTiles, bool kMakesP, bool kMasked>
 struct RowTileProducts {
   template <int kFragments, int kColumns>
   static __device__ __forceinline__ void run(uint32_t first_tile, uint32_t second_tile,
@@ -50,7 +51,6 @@ struct RowTileProducts {
                                              float (&acc)[kKeyTiles][kColumns][4]) {
     const PatchReader<kFirstDim, Patch::kColumnsFirst> first_reader(lane);
     const PatchReader<kSecondDim, Patch::kRowsFirst> second_reader(lane);
-    const bool masked = info.masked;
 #pragma unroll
     for (int half = 0; half < kRowTile / 16; ++half) {
       float x[kKeyTiles][2][4] = {};  // S^T or dP^T: keys x 16 rows
@@ -79,7 +79,7 @@ struct RowTileProducts {
             for (int i = 0; i < 4; ++i)
               x[m][n][i] = exp2_approx(fmaf(x[m][n][i], scale_log2, -(i % 2 ? lse.y : lse.x))) *
                            (i % 2 ? gate.y : gate.x);
-          if (masked) {
+          if (kMasked) {
             const int2 begin = *reinterpret_cast<const int2*>(&info.key_begin[column]);
             const int2 end = *reinterpret_cast<const int2*>(&info.key_end[column]);
 #pragma unroll
@@ -233,12 +233,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     const uint32_t dout_tile = q_tile + Traits::kQBytes;
     const RowTileInfo& info = infos[tile % kStages];
     if (!active) continue;
-    if (makes_p)
-      RowTileProducts<T, kDimQk, kDimV, kKeyTiles, true>::run(
+    if (!makes_p)
+      RowTileProducts<T, kDimV, kDimQk, kKeyTiles, false, false>::run(
+          dout_tile, q_tile, info, exchange, pair, lane, scale_log2, operand, acc);
+    else if (info.masked)
+      RowTileProducts<T, kDimQk, kDimV, kKeyTiles, true, true>::run(
           q_tile, dout_tile, info, exchange, pair, lane, scale_log2, operand, acc);
     else
-      RowTileProducts<T, kDimV, kDimQk, kKeyTiles, false>::run(
-          dout_tile, q_tile, info, exchange, pair, lane, scale_log2, operand, acc);
+      RowTileProducts<T, kDimQk, kDimV, kKeyTiles, true, false>::run(
+          q_tile, dout_tile, info, exchange, pair, lane, scale_log2, operand, acc);
   }
   if (!active) return;
 

@@ -21,11 +21,12 @@ struct DqTraits {
   static constexpr int kThreads = (kReaders + 1) * 32;
   // dO stays in registers; Q only where there is room beside the accumulators.
   static constexpr bool kQInSmem = kDimQk > 64;
-  static constexpr int kStages = kDimQk > 128 ? 5 : 6;  // about 100 KB of K and V
-  using Ring = KeyRing<kDimQk, kDimV, kStages>;
-  static constexpr int kQOffset = round_up(Ring::kBytes, 128);
-  static constexpr int kSmemBytes = kQOffset + (kQInSmem ? kRows * kDimQk * 2 : 0);
-  static_assert(kRows * kDimQk * 2 <= Ring::kInfoOffset);  // dQ leaves through the ring
+  using Ring = KeyRing<kDimQk, kDimV>;
+  static constexpr int kQBytes = kQInSmem ? kRows * kDimQk * 2 : 0;
+  static constexpr int kMaxStages = 12;
+  // dQ leaves through the memory of Q, or of the ring.
+  static constexpr int kMinStages = kQInSmem ? 2 : ceil_div(kRows * kDimQk * 2, Ring::kTileBytes);
+  static constexpr int smem_bytes(int stages) { return kQBytes + stages * Ring::kStageBytes; }
 };
 
 /// A thread's two rows of a warp's 16: what the current branch says about them.
@@ -96,9 +97,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                : nullptr;
   };
 
-  Ring ring{smem};
+  Ring ring{smem + Traits::kQBytes, args.stages};
   if (threadIdx.x == 0) ring.init(Traits::kReaders);
-  const uint32_t q_smem = smem_addr(smem + Traits::kQOffset);
+  const uint32_t q_smem = smem_addr(smem);
   if constexpr (Traits::kQInSmem) {
     for (int row = warp; row < Traits::kRows; row += Traits::kThreads / 32) {
       const T* src = row_of(typed<T>(p.q), row);
@@ -223,8 +224,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ring.advance();
   }
 
-  // Out through shared memory, for stores of whole rows. All tiles have been read by all warps after
-  // the barrier; each warp then uses its own rows only.
+  // Out through shared memory, for stores of whole rows. After the barrier no warp reads Q or a tile
+  // any more, and each uses its own rows only.
   named_barrier_sync(1, Traits::kReaders * 32);
   const float scale = static_cast<float>(p.shape.softmax_scale);
   char* out = smem + warp * 16 * kDimQk * 2;
@@ -252,9 +253,18 @@ void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
   using Traits = DqTraits<kDimQk, kDimV>;
   const int64_t blocks = args.common.p.shape.heads_kv * args.tiles.count;
   if (blocks == 0) return;
+  int device, available;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  DqArgs launched = args;
+  launched.stages = (available - Traits::kQBytes) / Traits::Ring::kStageBytes;
+  if (launched.stages > Traits::kMaxStages) launched.stages = Traits::kMaxStages;
+  if (launched.stages < Traits::kMinStages)
+    throw std::runtime_error("this GPU has too little shared memory for the attention backward");
   auto* kernel = bwd_dq_kernel<T, Traits>;
-  allow_shared_memory(kernel, Traits::kSmemBytes);
-  kernel<<<grid_size(blocks), Traits::kThreads, Traits::kSmemBytes, stream>>>(args);
+  const int bytes = Traits::smem_bytes(launched.stages);
+  allow_shared_memory(kernel, bytes);
+  kernel<<<grid_size(blocks), Traits::kThreads, bytes, stream>>>(launched);
   check_launch("bwd_dq_kernel");
 }
 

@@ -78,46 +78,49 @@ struct GatheredKeys {
   }
 };
 
-/// Shared memory of a ring: tiles of K rows, then V rows; what they are; two barriers a stage.
-template <int kDimQk, int kDimV, int kStages_>
+/// Shared memory of a ring: tiles of K rows, then V rows; what they are; two barriers a stage. The
+/// number of stages is what the device's shared memory holds: a selected block is often read by one
+/// warp alone, and the more blocks are at hand, the more warps find work.
+template <int kDimQk, int kDimV>
 struct KeyRing {
-  static constexpr int kStages = kStages_;
   static constexpr int kKBytes = kKeyTile * kDimQk * 2;
-  static constexpr int kStageBytes = kKBytes + kKeyTile * kDimV * 2;
-  static constexpr int kInfoOffset = kStages * kStageBytes;
-  static constexpr int kBarrierOffset = kInfoOffset + kStages * sizeof(KeyTileInfo);
-  static constexpr int kBytes = kBarrierOffset + kStages * 16;
+  static constexpr int kTileBytes = kKBytes + kKeyTile * kDimV * 2;
+  static constexpr int kStageBytes = kTileBytes + sizeof(KeyTileInfo) + 16;
 
   char* smem;
+  int stages;
   int stage = 0;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ uint32_t tile() const { return smem_addr(smem) + stage * kStageBytes; }
+  __device__ __forceinline__ uint32_t tile() const { return smem_addr(smem) + stage * kTileBytes; }
   __device__ __forceinline__ KeyTileInfo* info() const {
-    return reinterpret_cast<KeyTileInfo*>(smem + kInfoOffset) + stage;
+    return reinterpret_cast<KeyTileInfo*>(smem + stages * kTileBytes) + stage;
   }
-  __device__ __forceinline__ uint32_t full() const {
-    return smem_addr(smem) + kBarrierOffset + stage * 16;
-  }
-  __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
+  __device__ __forceinline__ uint32_t full() const { return barrier(stage); }
+  __device__ __forceinline__ uint32_t empty() const { return barrier(stage) + 8; }
   __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
+    if (++stage == stages) {
       stage = 0;
       parity ^= 1;
     }
   }
   /// One thread calls this; the block synchronises before the ring is used.
   __device__ void init(int readers) const {
-    for (int i = 0; i < kStages; ++i) {
-      const uint32_t barrier = smem_addr(smem) + kBarrierOffset + i * 16;
-      mbarrier_init(barrier, 33);  // the copies of 32 lanes, and the info
-      mbarrier_init(barrier + 8, readers);
+    for (int i = 0; i < stages; ++i) {
+      mbarrier_init(barrier(i), 33);  // the copies of 32 lanes, and the info
+      mbarrier_init(barrier(i) + 8, readers);
     }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t barrier(int i) const {
+    return smem_addr(smem) + stages * (kTileBytes + static_cast<int>(sizeof(KeyTileInfo))) + i * 16;
   }
 };
 
-/// Copies kKeyTile rows with one warp, eight lanes to 128 bytes of a row.
-template <int kDim, class T>
+/// Copies `rows` rows, up to kKeyTile, with one warp, eight lanes to 128 bytes of a row; zeroes the
+/// rest of the tile.
+template <int kDim, bool kWhole, class T>
 __device__ __forceinline__ void copy_keys(uint32_t dst, const T* first, int64_t stride, int rows,
                                           int lane) {
   const int own_row = lane / 8, chunk = lane % 8;
@@ -127,10 +130,13 @@ __device__ __forceinline__ void copy_keys(uint32_t dst, const T* first, int64_t 
 #pragma unroll
   for (int sweep = 0; sweep < kKeyTile / 4; ++sweep) {
     const uint32_t row_dst = (sweep % 2 ? odd : even) + sweep / 2 * 8 * kDim * 2;
-    const bool valid = sweep * 4 + own_row < rows;
 #pragma unroll
-    for (int panel = 0; panel < kDim / 64; ++panel)
-      cp_async_16(row_dst + panel * 128, src + panel * 64, valid);
+    for (int panel = 0; panel < kDim / 64; ++panel) {
+      if (kWhole)
+        cp_async_16(row_dst + panel * 128, src + panel * 64);
+      else
+        cp_async_16(row_dst + panel * 128, src + panel * 64, sweep * 4 + own_row < rows);
+    }
     src += 4 * stride;
   }
 }
@@ -148,9 +154,16 @@ __device__ __forceinline__ void fill_ring(Ring& ring, const DqArgs& args, const 
   const int lane = threadIdx.x % 32;
   source.for_each([&](int key, int end, uint32_t low, uint32_t high) {
     mbarrier_wait(ring.empty(), ring.parity ^ 1);
-    copy_keys<kDimQk>(ring.tile(), k + key * k_view.seq, k_view.seq, end - key, lane);
-    copy_keys<kDimV>(ring.tile() + Ring::kKBytes, v + key * v_view.seq, v_view.seq, end - key,
-                     lane);
+    const T *k_rows = k + key * k_view.seq, *v_rows = v + key * v_view.seq;
+    const uint32_t k_tile = ring.tile(), v_tile = k_tile + Ring::kKBytes;
+    const int rows = end - key;
+    if (rows >= kKeyTile) {  // the copying warp is often what everyone waits for
+      copy_keys<kDimQk, true>(k_tile, k_rows, k_view.seq, rows, lane);
+      copy_keys<kDimV, true>(v_tile, v_rows, v_view.seq, rows, lane);
+    } else {
+      copy_keys<kDimQk, false>(k_tile, k_rows, k_view.seq, rows, lane);
+      copy_keys<kDimV, false>(v_tile, v_rows, v_view.seq, rows, lane);
+    }
     mbarrier_arrive_cp_async(ring.full());
     if (lane == 0) {
       *ring.info() = KeyTileInfo{branch, key, end, {low, high}, {}};

@@ -147,6 +147,7 @@ struct DqArgs {
   int tile_tokens;
   const UnionBlock* union_blocks;  // (Hkv, tiles, tile_tokens * n)
   const int32_t* union_counts;     // (Hkv, tiles)
+  int stages;                      // of the ring of key tiles
 };
 
 struct DkvArgs {

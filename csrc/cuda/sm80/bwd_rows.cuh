@@ -69,7 +69,8 @@ class RowSource {
                                           [&](int row) { return row_of(q_, p.q, row); });
     load_tile<kDimV, kRowTile, kThreads>(dout_tile, threadIdx.x,
                                          [&](int row) { return row_of(dout_, p.dout, row); });
-    if (threadIdx.x >= 32) return;
+    // The last warp has no exponentials to take, and so the time for this.
+    if (threadIdx.x < kThreads - 32) return;
 
     // A row that is not there has gate 0 and adds nothing, whatever it sees.
     const bool valid = token >= 0;
@@ -79,7 +80,7 @@ class RowSource {
       keys = {keys.begin - task_.key, keys.end - task_.key};
     }
     const bool whole = __all_sync(kFullWarp, keys.begin <= 0 && keys.end >= kTaskKeys);
-    const int lane = threadIdx.x;
+    const int lane = threadIdx.x % 32;
     info->key_begin[lane] = keys.begin;
     info->key_end[lane] = keys.end;
     if (lane == 0) info->masked = !whole;
