@@ -39,12 +39,14 @@ struct FwdTile {
         plan.enabled[kCompressed] ? plan.compressed_tokens * G * score_keys : 0;
     const int64_t others = batch * kKeyChunk;
     scores = carver.take<T>(compressed > others ? compressed : others);
-    const bool selects = plan.enabled[kCompressed] && plan.block_indices.ptr;
-    const int64_t ratio = plan.config.select_size / plan.config.block_stride;
-    const int64_t overlap = plan.config.block_size / plan.config.block_stride;
-    const int64_t strides = plan.max_select_blocks * ratio + score_keys + 2 * kLanes<T>;
-    cells = carver.take<T>(selects ? 2 * (strides + overlap) : 0);
-    importance = carver.take<T>(selects ? plan.max_select_blocks + kLanes<T> : 0);
+    cells = importance = nullptr;
+    if (plan.enabled[kCompressed] && plan.block_indices.ptr) {
+      const BlockConfig& config = plan.config;
+      const int64_t strides = plan.max_select_blocks * (config.select_size / config.block_stride);
+      const int64_t overlap = config.block_size / config.block_stride;
+      cells = carver.take<T>(2 * (strides + score_keys + overlap + 2 * kLanes<T>));
+      importance = carver.take<T>(plan.max_select_blocks + kLanes<T>);
+    }
   }
 
   /// One step of the online softmax: scores, weights in their place, output.

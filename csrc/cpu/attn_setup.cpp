@@ -215,8 +215,8 @@ void AttnSetup::add_pack(AttnPlan& plan, int branch) {
   pack.base = pack_base[branch].data();
   if (branch == kSelected) {
     // A few queries over long keys (decode) visit few blocks, and tiny blocks are mostly padding:
-    // then a tile packs the blocks that it visits.
-    plan.selected_resident = visits >= slots && pack.padded <= 4 * pack.block;
+    // then a tile packs the blocks that it visits, into memory of its own that stays in L2.
+    plan.selected_resident = visits >= 4 * slots && pack.padded <= 4 * pack.block;
     if (!plan.selected_resident) return;
   }
   const int64_t row_size[4] = {plan.shape.dim_qk, plan.ld_v, plan.shape.dim_v, plan.ld_qk};

@@ -601,10 +601,10 @@ void test_branches() {
   test(p);
 }
 
-/// A list of queries longer than one work item's: block 0 is always selected.
-void test_long_list() {
+/// More rows than one tile holds, all of which select block 0.
+void test_long_sequence() {
   Problem p;
-  p.name = "long list";
+  p.name = "long sequence";
   p.sequences = {{9000, 9000}};
   p.heads_kv = 1;
   p.group = 1;
@@ -750,7 +750,7 @@ int main() {
   test_lengths_differ();
   test_configs();
   test_branches();
-  test_long_list();
+  test_long_sequence();
   test_select_only();
   test_finite_differences();
   test_invalid();
