@@ -1,4 +1,4 @@
-// 128 x kBlockN tiles of C[m][n] = sum_k A[m][k] * B[n][k] on mma.sync, 16-bit operands, float32
+// One 128 x kBlockN tile of C[m][n] = sum_k A[m][k] * B[n][k] on mma.sync, 16-bit operands, float32
 // accumulators. Every matrix product of phi, forward and backward, is this loop; the products
 // differ in where the rows of their operands come from (the Problem) and in what becomes of C (the
 // epilogue).
@@ -70,13 +70,11 @@ __device__ __forceinline__ void load_operand(uint32_t smem, int columns, bool al
   }
 }
 
-/// Runs `tiles` tiles of `steps` k steps each, one after the other: the loads of a tile start while
-/// the one before still computes. `problem.load(smem_a, smem_b)` starts loading the next k step,
-/// each in turn; `epilogue(tile, row, column, values)` receives C, four neighbouring columns (a
-/// multiple of 4) at a time.
+/// Runs the tile. `problem.load(smem_a, smem_b)` starts loading the next k step, each in turn;
+/// `epilogue(row, column, values)` receives C, four neighbouring columns (a multiple of 4) at a
+/// time.
 template <class T, Major kMajorA, Major kMajorB, int kBlockN, class Problem, class Epilogue>
-__device__ __forceinline__ void gemm_tiles(int tiles, int steps, Problem& problem,
-                                           const Epilogue& epilogue) {
+__device__ __forceinline__ void gemm_tile(int steps, Problem& problem, const Epilogue& epilogue) {
   using TileA = OperandTile<kMajorA, kBlockM>;
   using TileB = OperandTile<kMajorB, kBlockN>;
   constexpr int kWarpN = 32, kWarpsN = kBlockN / kWarpN;
@@ -93,74 +91,70 @@ __device__ __forceinline__ void gemm_tiles(int tiles, int steps, Problem& proble
   const PatchReader<TileB::kColumns, kTransB ? Patch::kRowsFirst : Patch::kColumnsFirst> read_b(
       lane);
 
-  const int total = tiles * steps;
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < total) problem.load(smem_a + stage * TileA::kBytes, smem_b + stage * TileB::kBytes);
+    if (stage < steps) problem.load(smem_a + stage * TileA::kBytes, smem_b + stage * TileB::kBytes);
     cp_async_commit();
   }
   int read_stage = 0, write_stage = kStages - 1;
-  int next = kStages - 1;
-  for (int tile = 0; tile < tiles; ++tile) {
-    float acc[kFragsM][2 * kPairsN][4] = {};
-    for (int step = 0; step < steps; ++step, ++next) {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // this step's tiles have landed, and everyone is done with the last step's
-      if (next < total)
-        problem.load(smem_a + write_stage * TileA::kBytes, smem_b + write_stage * TileB::kBytes);
-      cp_async_commit();
-      const uint32_t a_tile = smem_a + read_stage * TileA::kBytes;
-      const uint32_t b_tile = smem_b + read_stage * TileB::kBytes;
+  float acc[kFragsM][2 * kPairsN][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // this step's tiles have landed, and everyone is done with the last step's
+    if (step + kStages - 1 < steps)
+      problem.load(smem_a + write_stage * TileA::kBytes, smem_b + write_stage * TileB::kBytes);
+    cp_async_commit();
+    const uint32_t a_tile = smem_a + read_stage * TileA::kBytes;
+    const uint32_t b_tile = smem_b + read_stage * TileB::kBytes;
 #pragma unroll
-      for (int k16 = 0; k16 < kBlockK / 16; ++k16) {
-        uint32_t a[kFragsM][4], b[kPairsN][4];
+    for (int k16 = 0; k16 < kBlockK / 16; ++k16) {
+      uint32_t a[kFragsM][4], b[kPairsN][4];
 #pragma unroll
-        for (int i = 0; i < kFragsM; ++i) {
-          if constexpr (kTransA)
-            ldmatrix_x4_trans(a[i], read_a.at(a_tile, 16 * k16, warp_m / 16 + i));
-          else
-            ldmatrix_x4(a[i], read_a.at(a_tile, warp_m + 16 * i, k16));
-        }
+      for (int i = 0; i < kFragsM; ++i) {
+        if constexpr (kTransA)
+          ldmatrix_x4_trans(a[i], read_a.at(a_tile, 16 * k16, warp_m / 16 + i));
+        else
+          ldmatrix_x4(a[i], read_a.at(a_tile, warp_m + 16 * i, k16));
+      }
+#pragma unroll
+      for (int j = 0; j < kPairsN; ++j) {
+        if constexpr (kTransB)
+          ldmatrix_x4_trans(b[j], read_b.at(b_tile, 16 * k16, warp_n / 16 + j));
+        else
+          ldmatrix_x4(b[j], read_b.at(b_tile, warp_n + 16 * j, k16));
+      }
+#pragma unroll
+      for (int i = 0; i < kFragsM; ++i) {
 #pragma unroll
         for (int j = 0; j < kPairsN; ++j) {
-          if constexpr (kTransB)
-            ldmatrix_x4_trans(b[j], read_b.at(b_tile, 16 * k16, warp_n / 16 + j));
-          else
-            ldmatrix_x4(b[j], read_b.at(b_tile, warp_n + 16 * j, k16));
-        }
-#pragma unroll
-        for (int i = 0; i < kFragsM; ++i) {
-#pragma unroll
-          for (int j = 0; j < kPairsN; ++j) {
-            mma_16816<T>(acc[i][2 * j], a[i], b[j][0], b[j][1]);
-            mma_16816<T>(acc[i][2 * j + 1], a[i], b[j][2], b[j][3]);
-          }
+          mma_16816<T>(acc[i][2 * j], a[i], b[j][0], b[j][1]);
+          mma_16816<T>(acc[i][2 * j + 1], a[i], b[j][2], b[j][3]);
         }
       }
-      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-      write_stage = write_stage + 1 == kStages ? 0 : write_stage + 1;
     }
+    read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+    write_stage = write_stage + 1 == kStages ? 0 : write_stage + 1;
+  }
 
-    // Even lanes take four columns of the first n8 tile of a pair, odd lanes of the second, so that
-    // the four lanes of a row store one full 32-byte sector.
-    const bool odd = lane & 1;
-    const int column = warp_n + (odd ? 8 : 0) + 2 * (lane & 2);
+  // Even lanes take four columns of the first n8 tile of a pair, odd lanes of the second, so that
+  // the four lanes of a row store one full 32-byte sector.
+  const bool odd = lane & 1;
+  const int column = warp_n + (odd ? 8 : 0) + 2 * (lane & 2);
 #pragma unroll
-    for (int i = 0; i < kFragsM; ++i) {
+  for (int i = 0; i < kFragsM; ++i) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_m + 16 * i + 8 * half + (lane >> 2);
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_m + 16 * i + 8 * half + (lane >> 2);
 #pragma unroll
-        for (int j = 0; j < kPairsN; ++j) {
-          const float2 first = {acc[i][2 * j][2 * half], acc[i][2 * j][2 * half + 1]};
-          const float2 second = {acc[i][2 * j + 1][2 * half], acc[i][2 * j + 1][2 * half + 1]};
-          const float2 keep = odd ? second : first, send = odd ? first : second;
-          float2 other;
-          other.x = __shfl_xor_sync(0xffffffffu, send.x, 1);
-          other.y = __shfl_xor_sync(0xffffffffu, send.y, 1);
-          const float2 lo = odd ? other : keep, hi = odd ? keep : other;
-          epilogue(tile, row, column + 16 * j, make_float4(lo.x, lo.y, hi.x, hi.y));
-        }
+      for (int j = 0; j < kPairsN; ++j) {
+        const float2 first = {acc[i][2 * j][2 * half], acc[i][2 * j][2 * half + 1]};
+        const float2 second = {acc[i][2 * j + 1][2 * half], acc[i][2 * j + 1][2 * half + 1]};
+        const float2 keep = odd ? second : first, send = odd ? first : second;
+        float2 other;
+        other.x = __shfl_xor_sync(0xffffffffu, send.x, 1);
+        other.y = __shfl_xor_sync(0xffffffffu, send.y, 1);
+        const float2 lo = odd ? other : keep, hi = odd ? keep : other;
+        epilogue(row, column + 16 * j, make_float4(lo.x, lo.y, hi.x, hi.y));
       }
     }
   }

@@ -80,9 +80,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       w2_aligned};
   dhidden += head_row * sizes.padded_hidden + first_column;
   const int columns = static_cast<int>(sizes.padded_hidden - first_column);
-  gemm_tiles<T, Major::kK, Major::kMN, kBlockN>(
-      1, ceil_div<int64_t>(sizes.dim_out, kBlockK), problem,
-      [&](int, int row, int column, float4 v) {
+  gemm_tile<T, Major::kK, Major::kMN, kBlockN>(
+      ceil_div<int64_t>(sizes.dim_out, kBlockK), problem, [&](int row, int column, float4 v) {
         if (row < problem.rows && column < columns)
           *reinterpret_cast<float4*>(dhidden + row * sizes.padded_hidden + column) = v;
       });
@@ -117,8 +116,7 @@ __global__ void __launch_bounds__(256, 4)
 // block does several r in turn, where there is enough work for all SMs.
 
 struct SegmentTile {
-  int64_t dx_offset[kBlockM];  // of key j*d
-  int32_t keys[kBlockM];       // of the segment
+  int64_t dx_offset[kBlockM];  // of key j*d + r; -1: there is none
   int32_t row[kBlockM];        // of token j, where the sequence has it
   int32_t j[kBlockM], tokens[kBlockM];
 };
@@ -150,32 +148,29 @@ struct DxProblem {
     k += kBlockK;
     if (k < hidden) return;
     k = 0;
-    if (++i < sizes.seqs.block_size / sizes.seqs.block_stride) return;
-    i = 0;
-    w1 += sizes.dim;  // the next r
+    ++i;
   }
 };
 
 template <class T, int kBlockN>
 __global__ void __launch_bounds__(kGemmThreads, 2)
-    mlp_dx_kernel(MlpSizes sizes, int r_per_block, const T* dpre, const T* w1, OutView dx,
-                  bool w1_aligned, bool dx_aligned) {
+    mlp_dx_kernel(MlpSizes sizes, const T* dpre, const T* w1, OutView dx, bool w1_aligned,
+                  bool dx_aligned) {
   __shared__ SegmentTile segments;
   const Sequences& seqs = sizes.seqs;
   // r fastest: the blocks that read the same dpre run side by side and write neighbouring keys.
   const int64_t n_tiles = ceil_div<int64_t>(sizes.dim, kBlockN);
-  const int r_blocks = seqs.block_stride / r_per_block;
-  const int first_r = blockIdx.x % r_blocks * r_per_block;
-  int64_t rest = blockIdx.x / r_blocks;
+  const int r = blockIdx.x % seqs.block_stride;
+  int64_t rest = blockIdx.x / seqs.block_stride;
   const int64_t first_column = rest % n_tiles * kBlockN;
   rest /= n_tiles;
   const int64_t head = rest % sizes.heads, first_segment = rest / sizes.heads * kBlockM;
   for (int i = threadIdx.x; i < kBlockM; i += kGemmThreads) {
-    segments.keys[i] = segments.tokens[i] = segments.j[i] = segments.row[i] = 0;
+    segments.dx_offset[i] = -1;
+    segments.tokens[i] = segments.j[i] = segments.row[i] = 0;
     if (first_segment + i >= num_segments(seqs)) continue;
     const SegmentPosition at = segment_position(seqs, first_segment + i);
-    segments.dx_offset[i] = at.batch * dx.batch + at.key * dx.seq;
-    segments.keys[i] = static_cast<int32_t>(at.keys);
+    if (r < at.keys) segments.dx_offset[i] = at.batch * dx.batch + (at.key + r) * dx.seq;
     segments.row[i] = static_cast<int32_t>(at.row);
     segments.j[i] = static_cast<int32_t>(at.j);
     segments.tokens[i] = static_cast<int32_t>(at.tokens);
@@ -186,19 +181,18 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       sizes,
       segments,
       dpre + head * seqs.rows * sizes.padded_hidden,
-      w1 + sizes.weight_head(head) * sizes.hidden * sizes.block_elements() + first_r * sizes.dim +
+      w1 + sizes.weight_head(head) * sizes.hidden * sizes.block_elements() + r * sizes.dim +
           first_column,
       static_cast<int>(sizes.dim - first_column),
       w1_aligned};
   T* dx_head = static_cast<T*>(dx.ptr) + head * dx.head;
-  gemm_tiles<T, Major::kK, Major::kMN, kBlockN>(
-      r_per_block, overlap * ceil_div<int64_t>(sizes.hidden, kBlockK), problem,
-      [&](int tile, int row, int tile_column, float4 v) {
-        const int r = first_r + tile;
-        if (r >= segments.keys[row]) return;
-        store4<T>(dx_head + segments.dx_offset[row] + r * dx.seq, first_column + tile_column,
-                  sizes.dim, dx_aligned, v);
-      });
+  gemm_tile<T, Major::kK, Major::kMN, kBlockN>(overlap * ceil_div<int64_t>(sizes.hidden, kBlockK),
+                                               problem, [&](int row, int tile_column, float4 v) {
+                                                 if (segments.dx_offset[row] < 0) return;
+                                                 store4<T>(dx_head + segments.dx_offset[row],
+                                                           first_column + tile_column, sizes.dim,
+                                                           dx_aligned, v);
+                                               });
 }
 
 MlpBwdWorkspace layout(const CompressMlpBwd& p, const MlpSizes& sizes, void* base) {
@@ -252,11 +246,8 @@ void mlp_dx(const CompressMlpBwd& p, const MlpSizes& sizes, const MlpBwdWorkspac
     constexpr int kBlockN = block_n.value;
     const int64_t tiles = ceil_div<int64_t>(num_segments(sizes.seqs), kBlockM) * sizes.heads *
                           ceil_div<int64_t>(sizes.dim, kBlockN);
-    const int d = sizes.seqs.block_stride;
-    int r_per_block = d;  // the most that leaves two blocks for each of the 132 SMs of an H100
-    while (r_per_block > 1 && (d % r_per_block || tiles * (d / r_per_block) < 264)) --r_per_block;
-    launch_gemm("mlp_dx_kernel", mlp_dx_kernel<T, kBlockN>, tiles * (d / r_per_block),
-                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, sizes, r_per_block,
+    launch_gemm("mlp_dx_kernel", mlp_dx_kernel<T, kBlockN>, tiles * sizes.seqs.block_stride,
+                gemm_shared_bytes<Major::kK, Major::kMN, kBlockN>(), stream, sizes,
                 static_cast<const T*>(w.dpre), static_cast<const T*>(p.w1), p.dx,
                 is_aligned16(p.w1), rows_aligned16(p.dx));
   });

@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
                                 {}};
   problem.fetch_offsets();
   partial += (hw * splits + split) * sizes.hidden * sizes.block_elements() + r * sizes.dim;
-  gemm_tiles<T, Major::kMN, Major::kMN, kBlockN>(
-      1, range.end - range.begin, problem, [&](int, int row, int column, float4 v) {
+  gemm_tile<T, Major::kMN, Major::kMN, kBlockN>(
+      range.end - range.begin, problem, [&](int row, int column, float4 v) {
         if (first_m + row >= sizes.hidden || first_d + column >= sizes.dim) return;
         *reinterpret_cast<float4*>(partial + (first_m + row) * sizes.block_elements() + first_d +
                                    column) = v;
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
                                 static_cast<int>(sizes.padded_hidden),
                                 static_cast<int>(sizes.padded_hidden - first_n)};
   partial += (hw * splits + split) * sizes.dim_out * sizes.padded_hidden;
-  gemm_tiles<T, Major::kMN, Major::kMN, kBlockN>(
-      1, range.end - range.begin, problem, [&](int, int row, int column, float4 v) {
+  gemm_tile<T, Major::kMN, Major::kMN, kBlockN>(
+      range.end - range.begin, problem, [&](int row, int column, float4 v) {
         if (first_m + row >= sizes.dim_out || first_n + column >= sizes.padded_hidden) return;
         *reinterpret_cast<float4*>(partial + (first_m + row) * sizes.padded_hidden + first_n +
                                    column) = v;

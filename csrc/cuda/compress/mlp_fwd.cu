@@ -84,20 +84,20 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       static_cast<int>(sizes.dim_out - first_column),
       static_cast<int>(sizes.hidden),
       w2_aligned};
-  T* out_head = static_cast<T*>(out.ptr) + tile.head * out.head;
-  if (b2) b2 += hw * sizes.dim_out;
-  gemm_tiles<T, Major::kK, Major::kK, kBlockN>(
-      1, ceil_div<int64_t>(sizes.hidden, kBlockK), problem,
-      [&](int, int row, int tile_column, float4 v) {
-        const int64_t column = first_column + tile_column;
+  // Relative to the first column of the tile.
+  T* out_head = static_cast<T*>(out.ptr) + tile.head * out.head + first_column;
+  const T* bias = b2 ? b2 + hw * sizes.dim_out + first_column : nullptr;
+  gemm_tile<T, Major::kK, Major::kK, kBlockN>(
+      ceil_div<int64_t>(sizes.hidden, kBlockK), problem, [&](int row, int column, float4 v) {
         if (out_offset[row] < 0) return;
         float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (b2 && column + i < sizes.dim_out) values[i] += to_float(b2[column + i]);
-        v = make_float4(values[0], values[1], values[2], values[3]);
-        if (!used[row]) v = {};
-        store4<T>(out_head + out_offset[row], column, sizes.dim_out, out_aligned, v);
+        for (int i = 0; i < 4; ++i) {
+          if (bias && column + i < problem.w2_rows) values[i] += to_float(bias[column + i]);
+          if (!used[row]) values[i] = 0.f;
+        }
+        store4<T>(out_head + out_offset[row], column, problem.w2_rows, out_aligned,
+                  make_float4(values[0], values[1], values[2], values[3]));
       });
 }
 

@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       first_column;
   const int rows = tile_rows(seqs, first_row);
   const int columns = static_cast<int>(sizes.padded_hidden - first_column);
-  gemm_tiles<T, Major::kK, Major::kK, kBlockN>(
-      1, end - begin, problem, [&](int, int row, int column, float4 v) {
+  gemm_tile<T, Major::kK, Major::kK, kBlockN>(
+      end - begin, problem, [&](int row, int column, float4 v) {
         if (row < rows && column < columns)
           *reinterpret_cast<float4*>(partial + row * sizes.padded_hidden + column) = v;
       });

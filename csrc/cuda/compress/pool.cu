@@ -41,41 +41,64 @@ Tile make_tile(int64_t dim) {
   return {lanes, kThreads / lanes};
 }
 
-/// The weights and the position encoding of a head, and this lane's columns of x and out.
+/// What a thread needs of its head: x, the weights, and sum_r weight[r] * pos[r], which all tokens
+/// share. All threads of the block construct it together.
 template <class T, bool kAligned>
 struct PoolHead {
-  const T* x;       // of this head, from this lane's column on
+  const T* x;       // from this lane's column on
   const T* weight;  // (l) or null
-  const T* pos;     // (l, D), from this lane's column on, or null
-  T* out;
-  float scale;  // of the sum
+  T* out;           // from this lane's column on
+  float scale;      // of the sum
+  bool has_shift;
+  float shift[8];
 
-  __device__ __forceinline__ PoolHead(const CompressPoolFwd& p, int64_t head, int64_t column) {
+  __device__ __forceinline__ PoolHead(const CompressPoolFwd& p, int64_t head, const Tile& tile) {
     const CompressShape& shape = p.shape;
     const int64_t first = (shape.weight_heads == 1 ? 0 : head) * shape.block_size;
+    const int column = 8 * tile.lane();
     x = static_cast<const T*>(p.x.ptr) + head * p.x.head + column;
     weight = p.weight ? static_cast<const T*>(p.weight) + first : nullptr;
-    pos = p.pos ? static_cast<const T*>(p.pos) + first * shape.dim + column : nullptr;
     out = static_cast<T*>(p.out.ptr) + head * p.out.head + column;
     scale = weight ? 1.f : 1.f / static_cast<float>(shape.block_size);
+    has_shift = p.pos != nullptr;
+    if (has_shift) sum_pos(static_cast<const T*>(p.pos) + first * shape.dim + column, shape, tile);
   }
-  /// sum += weight[r] * (key + pos[r])
-  __device__ __forceinline__ void add(const float (&key)[8], int r, int64_t dim,
-                                      float (&sum)[8]) const {
-    const float w = weight ? to_float(weight[r]) : 1.f;
-    if (pos) {
-      float shift[8];
-      unpack8<T>(load8<T, kAligned>(pos + r * dim), shift);
+  __device__ __forceinline__ float weight_of(int r) const {
+    return weight ? to_float(weight[r]) : 1.f;
+  }
+  /// The slots share the offsets r; their sums are added in order.
+  __device__ __forceinline__ void sum_pos(const T* pos, const CompressShape& shape,
+                                          const Tile& tile) {
+    __shared__ float sums[kThreads][8];
+    float sum[8] = {};
+    if (tile.slot() < tile.slots) {
+      for (int r = tile.slot(); r < shape.block_size; r += tile.slots) {
+        float value[8];
+        unpack8<T>(load8<T, kAligned>(pos + r * shape.dim), value);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, key[i] + shift[i], sum[i]);
-    } else {
+        for (int i = 0; i < 8; ++i) sum[i] = fmaf(weight_of(r), value[i], sum[i]);
+      }
+    }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, key[i], sum[i]);
+    for (int i = 0; i < 8; ++i) sums[threadIdx.x][i] = sum[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) shift[i] = 0.f;
+    for (int slot = 0; slot < tile.slots; ++slot) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) shift[i] += sums[slot * tile.lanes + tile.lane()][i];
     }
   }
-  __device__ __forceinline__ void store(int64_t offset, float (&sum)[8]) const {
+  __device__ __forceinline__ void add(const float (&key)[8], int r, float (&sum)[8]) const {
+    const float w = weight_of(r);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] *= scale;
+    for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, key[i], sum[i]);
+  }
+  /// Writes a token, or zeros where `used` is false.
+  __device__ __forceinline__ void store(int64_t offset, bool used, float (&sum)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      sum[i] = used ? scale * (has_shift ? sum[i] + shift[i] : sum[i]) : 0.f;
     store8<T, kAligned>(out + offset, sum);
   }
 };
@@ -107,19 +130,18 @@ __device__ __forceinline__ void pool_row(const CompressPoolFwd& p,
   float sum[8] = {};
   if (at.used()) {
     const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
-    for_each_key<T, kAligned>(x, p.x.seq, p.shape.block_size, [&](int r, const float (&key)[8]) {
-      head.add(key, r, p.shape.dim, sum);
-    });
+    for_each_key<T, kAligned>(x, p.x.seq, p.shape.block_size,
+                              [&](int r, const float (&key)[8]) { head.add(key, r, sum); });
   }
-  head.store(at.batch * p.out.batch + at.token * p.out.seq, sum);
+  head.store(at.batch * p.out.batch + at.token * p.out.seq, at.used(), sum);
 }
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 2)
     pool_fwd_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
   const int64_t row = blockIdx.x / p.shape.heads * tile.slots + tile.slot();
+  const PoolHead<T, kAligned> head(p, blockIdx.x % p.shape.heads, tile);
   if (tile.slot() >= tile.slots || row >= seqs.rows) return;
-  const PoolHead<T, kAligned> head(p, blockIdx.x % p.shape.heads, 8 * tile.lane());
   pool_row<T, kAligned>(p, head, token_position(seqs, row));
 }
 
@@ -130,8 +152,8 @@ template <class T, int kOverlap>
 __global__ void __launch_bounds__(kThreads, 2)
     pool_fwd_run_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
   const int64_t first = (blockIdx.x / p.shape.heads * tile.slots + tile.slot()) * kRun;
+  const PoolHead<T, true> head(p, blockIdx.x % p.shape.heads, tile);
   if (tile.slot() >= tile.slots || first >= seqs.rows) return;
-  const PoolHead<T, true> head(p, blockIdx.x % p.shape.heads, 8 * tile.lane());
   const TokenPosition at = token_position(seqs, first);
   if (at.left < kRun) {  // the run leaves the sequence
     for (int64_t row = first; row < first + kRun && row < seqs.rows; ++row)
@@ -145,11 +167,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int j = 0; j < kRun + kOverlap - 1; ++j) {
     for_each_key<T, true>(x + j * d * p.x.seq, p.x.seq, d, [&](int r, const float (&key)[8]) {
 #pragma unroll
-      for (int i = 0; i < kOverlap; ++i) head.add(key, i * d + r, p.shape.dim, sum[i]);
+      for (int i = 0; i < kOverlap; ++i) head.add(key, i * d + r, sum[i]);
     });
     const int done = j - (kOverlap - 1);  // the token that ends with this segment
     if (done >= 0)
-      head.store(at.batch * p.out.batch + (at.token + done) * p.out.seq, sum[kOverlap - 1]);
+      head.store(at.batch * p.out.batch + (at.token + done) * p.out.seq, true, sum[kOverlap - 1]);
 #pragma unroll
     for (int i = kOverlap - 1; i >= 0; --i) {
 #pragma unroll
