@@ -1,9 +1,10 @@
 // phi of kinds `mean` and `weighted`: out[c] = sum_r weight[r] * (x[c*d+r] + pos[r]).
 //
 // All of it is bound by memory. A thread owns 8 elements (16 bytes) of the head dim, D/8 threads
-// ("lanes") a row, and a block of threads takes 256 / lanes rows ("slots") at a time. The overlap
-// l/d of the blocks is a template argument where it is 1 or 2 (else 0), so that a run of tokens
-// reads each key, and a segment of keys reads each dout, once.
+// ("lanes") a row, and a block of threads takes 256 / lanes rows ("slots") at a time. Tokens side
+// by side read the keys they share at nearly the same time, so memory sees every key once and L2
+// l/d times; a thread that carried the sums of several tokens along, to read each key once, was
+// slower (its neighbour's first key had left L2 when it got there).
 
 #include <algorithm>
 
@@ -16,9 +17,7 @@ namespace compress {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBatch = 8;  // loads of a thread in flight
-constexpr int kRun = 4;    // consecutive tokens of a thread of pool_fwd_run_kernel
-constexpr int64_t kMinRunThreads = 32 * 1024;  // fewer than 256 threads an SM: don't use runs
+constexpr int kBatch = 8;            // loads of a thread in flight
 constexpr int kRowsPerTile = 64;     // rows whose offsets pool_bwd_weight_kernel keeps at a time
 constexpr int kOffsetsPerPass = 2;   // offsets r within a block that it sums at a time
 constexpr int kRowBatch = 4;         // rows whose loads it has in flight
@@ -89,11 +88,6 @@ struct PoolHead {
       for (int i = 0; i < 8; ++i) shift[i] += sums[slot * tile.lanes + tile.lane()][i];
     }
   }
-  __device__ __forceinline__ void add(const float (&key)[8], int r, float (&sum)[8]) const {
-    const float w = weight_of(r);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, key[i], sum[i]);
-  }
   /// Writes a token, or zeros where `used` is false.
   __device__ __forceinline__ void store(int64_t offset, bool used, float (&sum)[8]) const {
 #pragma unroll
@@ -103,86 +97,38 @@ struct PoolHead {
   }
 };
 
-/// The keys x[0 .. count) of this lane, kBatch loads in flight at a time: use(r, key).
-template <class T, bool kAligned, class Use>
-__device__ __forceinline__ void for_each_key(const T* x, int64_t stride, int count,
-                                             const Use& use) {
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2)
+    pool_fwd_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
+  const PoolHead<T, kAligned> head(p, blockIdx.x % p.shape.heads, tile);
+  const int64_t row = blockIdx.x / p.shape.heads * tile.slots + tile.slot();
+  if (tile.slot() >= tile.slots || row >= seqs.rows) return;
+  const TokenPosition at = token_position(seqs, row);
+  const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
+  const int count = at.used() ? p.shape.block_size : 0;
+  float sum[8] = {};
   for (int first = 0; first < count; first += kBatch) {
-    uint4 raw[kBatch];
+    uint4 keys[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      raw[i] = first + i < count ? load8<T, kAligned>(x + (first + i) * stride) : uint4{};
+      keys[i] = first + i < count ? load8<T, kAligned>(x + (first + i) * p.x.seq) : uint4{};
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (first + i >= count) break;
+      const float w = head.weight_of(first + i);
       float key[8];
-      unpack8<T>(raw[i], key);
-      use(first + i, key);
+      unpack8<T>(keys[i], key);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[k] = fmaf(w, key[k], sum[k]);
     }
-  }
-}
-
-/// One row by one thread.
-template <class T, bool kAligned>
-__device__ __forceinline__ void pool_row(const CompressPoolFwd& p,
-                                         const PoolHead<T, kAligned>& head,
-                                         const TokenPosition& at) {
-  float sum[8] = {};
-  if (at.used()) {
-    const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
-    for_each_key<T, kAligned>(x, p.x.seq, p.shape.block_size,
-                              [&](int r, const float (&key)[8]) { head.add(key, r, sum); });
   }
   head.store(at.batch * p.out.batch + at.token * p.out.seq, at.used(), sum);
 }
 
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 2)
-    pool_fwd_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
-  const int64_t row = blockIdx.x / p.shape.heads * tile.slots + tile.slot();
-  const PoolHead<T, kAligned> head(p, blockIdx.x % p.shape.heads, tile);
-  if (tile.slot() >= tile.slots || row >= seqs.rows) return;
-  pool_row<T, kAligned>(p, head, token_position(seqs, row));
-}
-
-/// kRun consecutive rows by one thread, which reads each of their keys once: segment j of d keys is
-/// part of the kOverlap tokens j, j-1, .., whose sums are carried along. The order of every sum is
-/// that of pool_row, so the bits are too.
-template <class T, int kOverlap>
-__global__ void __launch_bounds__(kThreads, 2)
-    pool_fwd_run_kernel(CompressPoolFwd p, Sequences seqs, Tile tile) {
-  const int64_t first = (blockIdx.x / p.shape.heads * tile.slots + tile.slot()) * kRun;
-  const PoolHead<T, true> head(p, blockIdx.x % p.shape.heads, tile);
-  if (tile.slot() >= tile.slots || first >= seqs.rows) return;
-  const TokenPosition at = token_position(seqs, first);
-  if (at.left < kRun) {  // the run leaves the sequence
-    for (int64_t row = first; row < first + kRun && row < seqs.rows; ++row)
-      pool_row<T, true>(p, head, token_position(seqs, row));
-    return;
-  }
-  const T* x = head.x + at.batch * p.x.batch + at.key * p.x.seq;
-  const int d = p.shape.block_stride;
-  float sum[kOverlap][8] = {};
-#pragma unroll 1
-  for (int j = 0; j < kRun + kOverlap - 1; ++j) {
-    for_each_key<T, true>(x + j * d * p.x.seq, p.x.seq, d, [&](int r, const float (&key)[8]) {
-#pragma unroll
-      for (int i = 0; i < kOverlap; ++i) head.add(key, i * d + r, sum[i]);
-    });
-    const int done = j - (kOverlap - 1);  // the token that ends with this segment
-    if (done >= 0)
-      head.store(at.batch * p.out.batch + (at.token + done) * p.out.seq, true, sum[kOverlap - 1]);
-#pragma unroll
-    for (int i = kOverlap - 1; i >= 0; --i) {
-#pragma unroll
-      for (int k = 0; k < 8; ++k) sum[i][k] = i ? sum[i - 1][k] : 0.f;
-    }
-  }
-}
-
 /// dx[s] = sum over the tokens c that cover key s of weight[s - c*d] * dout[c], for the keys of a
 /// segment: a gather, so that no two threads write one key, and keys that no token covers become
-/// zero.
+/// zero. The overlap l/d is a template argument where it is 1 or 2 (else 0): then a segment reads
+/// each dout once.
 template <class T, bool kAligned, int kOverlap>
 __global__ void __launch_bounds__(kThreads, 4)
     pool_bwd_dx_kernel(CompressPoolBwd p, Sequences seqs, Tile tile) {
@@ -390,24 +336,15 @@ void compress_pool_fwd(const CompressPoolFwd& params, Stream cuda_stream) {
   if (seqs.rows == 0 || params.shape.heads == 0) return;
   const bool aligned =
       rows_aligned16(params.x) && rows_aligned16(params.out) && is_aligned16(params.pos);
-  const int64_t runs = ceil_div<int64_t>(seqs.rows, kRun);
+  const unsigned blocks = grid_size(ceil_div<int64_t>(seqs.rows, tile.slots) * params.shape.heads);
   dispatch_dtype(params.shape.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    dispatch_rows(aligned, params.shape, [&](auto kAligned, auto kOverlap) {
-      if constexpr (kOverlap.value > 0) {
-        if (runs * params.shape.heads * tile.lanes >= kMinRunThreads) {
-          pool_fwd_run_kernel<T, kOverlap.value>
-              <<<grid_size(ceil_div<int64_t>(runs, tile.slots) * params.shape.heads), kThreads, 0,
-                 stream>>>(params, seqs, tile);
-          return check_launch("pool_fwd_run_kernel");
-        }
-      }
-      pool_fwd_kernel<T, kAligned.value>
-          <<<grid_size(ceil_div<int64_t>(seqs.rows, tile.slots) * params.shape.heads), kThreads, 0,
-             stream>>>(params, seqs, tile);
-      check_launch("pool_fwd_kernel");
-    });
+    if (aligned)
+      pool_fwd_kernel<T, true><<<blocks, kThreads, 0, stream>>>(params, seqs, tile);
+    else
+      pool_fwd_kernel<T, false><<<blocks, kThreads, 0, stream>>>(params, seqs, tile);
   });
+  check_launch("pool_fwd_kernel");
 }
 
 int64_t compress_pool_bwd_workspace(const CompressPoolBwd& params) {
