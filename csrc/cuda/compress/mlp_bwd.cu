@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
     segments.tokens[i] = static_cast<int32_t>(at.tokens);
   }
   __syncthreads();
-  const int overlap = seqs.block_size / seqs.block_stride;
+  const int64_t steps =
+      seqs.block_size / seqs.block_stride * ceil_div<int64_t>(sizes.hidden, kBlockK);
   DxProblem<T, kBlockN> problem{
       sizes,
       segments,
@@ -186,13 +187,12 @@ __global__ void __launch_bounds__(kGemmThreads, 2)
       static_cast<int>(sizes.dim - first_column),
       w1_aligned};
   T* dx_head = static_cast<T*>(dx.ptr) + head * dx.head;
-  gemm_tile<T, Major::kK, Major::kMN, kBlockN>(overlap * ceil_div<int64_t>(sizes.hidden, kBlockK),
-                                               problem, [&](int row, int tile_column, float4 v) {
-                                                 if (segments.dx_offset[row] < 0) return;
-                                                 store4<T>(dx_head + segments.dx_offset[row],
-                                                           first_column + tile_column, sizes.dim,
-                                                           dx_aligned, v);
-                                               });
+  gemm_tile<T, Major::kK, Major::kMN, kBlockN>(
+      steps, problem, [&](int row, int tile_column, float4 v) {
+        const int64_t offset = segments.dx_offset[row];
+        if (offset < 0) return;
+        store4<T>(dx_head + offset, first_column + tile_column, sizes.dim, dx_aligned, v);
+      });
 }
 
 MlpBwdWorkspace layout(const CompressMlpBwd& p, const MlpSizes& sizes, void* base) {
