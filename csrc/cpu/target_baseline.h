@@ -2,8 +2,3 @@
 #define NSA_CPU_TARGET baseline
 #define NSA_CPU_VECTOR_BYTES 16
 #define NSA_CPU_VECTOR_REGISTERS 16
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((unused)), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#endif
