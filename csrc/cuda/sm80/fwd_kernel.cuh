@@ -175,13 +175,14 @@ class FwdBlock {
         mask_scores(p, source, view, warp_row, lane, s);
         if constexpr (Traits::kSelect) {
           exponentials(p, s, negative_lse2);
-          selection.observe(tile, s, lane);
+          selection.sum_heads(tile, s, lane);
           observed = tile + 1;
         } else {
           online_softmax(p, groups, s, rows, o);
         }
 #pragma unroll
         for (int m = 0; m < kGroups; ++m) pack_probabilities<T>(packed[m], s[m]);
+        if constexpr (Traits::kSelect) selection.advance(tile, lane);
       } else {
         ring_k.release(lane);
         if (refill && tile > 0) fill_v(tile - 1 + p.stages_v);

@@ -65,8 +65,10 @@ int64_t plan_shared_memory(FwdParams& p) {
       for (const Stages stages : kStageChoices<Traits>) {
         p.stages_k = stages.k;
         p.stages_v = stages.v;
-        const int64_t bytes = FwdSmem<Traits>::bytes(p);
-        if (bytes <= limits.of(blocks)) return bytes;
+        for (p.score_shift = Traits::kSelect ? 2 : 0; p.score_shift >= 0; --p.score_shift) {
+          const int64_t bytes = FwdSmem<Traits>::bytes(p);
+          if (bytes <= limits.of(blocks)) return bytes;
+        }
       }
     }
   }

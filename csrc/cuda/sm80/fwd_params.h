@@ -28,6 +28,7 @@ struct FwdParams {
   int32_t tiles;               // query tiles of the longest sequence
   int32_t index_count;         // n
   int32_t stages_k, stages_v;  // tiles in shared memory
+  int32_t score_shift;         // log2 of the tiles whose block scores are formed at a time
   int32_t sort_size;           // power of two that holds the index_count * tile_tokens indices
   int32_t select_shift;        // log2 l'
   int32_t stride_shift;        // log2 d

@@ -2,10 +2,10 @@
 // main loop hands over the softmax of one tile of 64 compressed tokens after the other, and nothing
 // longer than a tile is ever kept.
 //
-// The G heads of each token are summed in registers, which leaves 64 column sums per token. With
-// the last few of the tile before they give the scores of 64 / (l'/d) blocks, and those enter the
-// token's list of the best so far. All of it stays within the warp that holds the token's rows (two
-// warps for padded groups of 64).
+// The G heads of each token are summed in registers, which leaves 64 column sums per token and
+// tile. Every 2^score_shift tiles these give, with the last few before them, the scores of the
+// blocks that end there, and those enter the token's list of the best so far. All of it stays
+// within the warp that holds the token's rows (two warps for padded groups of 64).
 #pragma once
 
 #include "cuda/device/topk.cuh"
@@ -14,10 +14,9 @@
 
 namespace nsa::cuda::sm80 {
 
-/// Column sums of a token: 8 of the tile before (a compressed token reaches at most l/d - 1 <= 7
-/// strides into the next block), then the 64 of this tile.
+/// Column sums of a token: 8 from before (a compressed token reaches at most l/d - 1 <= 7 strides
+/// into the next block), then 64 for each tile that is scored at a time.
 inline constexpr int kHalo = 8;
-inline constexpr int kColumns = kHalo + kTileKeys;
 
 /// Sums v[i] over the lanes that differ in bits 2 .. kSteps + 1. Each step halves what a lane
 /// keeps: of 16 values (n8 tile i / 2, column i % 2) a lane ends with 16 >> kSteps, those of the n8
@@ -47,42 +46,53 @@ class Selection {
     return tokens > kWarps ? tokens : kWarps;
   }
   static int64_t smem_bytes(const FwdParams& p) {
-    return slots(p) * (kColumns + TopList::words(p.index_count)) * sizeof(float);
+    return slots(p) * (columns(p) + TopList::words(p.index_count)) * sizeof(float);
   }
 
   __device__ __forceinline__ Selection(const FwdParams& p, const Job& job, int warp, char* smem)
       : p_(p), job_(job), warp_(warp), columns_(reinterpret_cast<float*>(smem)) {
-    lists_ = columns_ + max(p.tile_tokens, kWarps) * kColumns;
+    lists_ = columns_ + max(p.tile_tokens, kWarps) * columns(p);
   }
 
   __device__ void begin(int lane) const {
     for (int i = 0; i < tokens(); ++i) list(first_token() + i).clear(lane);
     for (int i = 0; i < slots_per_warp(); ++i) {
-      for (int c = lane; c < kColumns; c += 32) columns_[(first_slot() + i) * kColumns + c] = 0.0f;
+      for (int c = lane; c < columns(p_); c += 32) slot_columns(first_slot() + i)[c - kHalo] = 0.0f;
     }
     __syncwarp();
   }
 
   /// The softmax p of tile `tile`, for the warp's kGroups * 16 rows; tiles come in order.
-  __device__ __forceinline__ void observe(int tile, const float (&p)[kGroups][8][4], int lane) {
+  __device__ __forceinline__ void observe(int tile, const float (&p)[kGroups][8][4],
+                                          int lane) const {
+    sum_heads(tile, p, lane);
+    advance(tile, lane);
+  }
+  /// observe() in two steps: p is not needed after the first.
+  __device__ __forceinline__ void sum_heads(int tile, const float (&p)[kGroups][8][4],
+                                            int lane) const {
     if (p_.log2_group >= 4) {
-      const bool one_token = p_.log2_group > 4;  // all rows of the warp are heads of one token
+      // Each group of 16 rows is a token, or all groups are heads of one.
+      float v[kGroups][16];
 #pragma unroll
       for (int m = 0; m < kGroups; ++m) {
-        if (one_token && m > 0) break;
-        float v[16];
 #pragma unroll
-        for (int i = 0; i < 16; ++i) v[i] = p[m][i / 2][i % 2] + p[m][i / 2][2 + i % 2];
-        if (one_token) {
+        for (int i = 0; i < 16; ++i) v[m][i] = p[m][i / 2][i % 2] + p[m][i / 2][2 + i % 2];
+      }
+      if (p_.log2_group == 4) {
+        int n8 = 0;
 #pragma unroll
-          for (int other = 1; other < kGroups; ++other) {
+        for (int m = 0; m < kGroups; ++m) n8 = scatter_sum<3>(v[m], lane);
 #pragma unroll
-            for (int i = 0; i < 16; ++i)
-              v[i] += p[other][i / 2][i % 2] + p[other][i / 2][2 + i % 2];
-          }
+        for (int m = 0; m < kGroups; ++m) store_columns<3>(tile, first_slot() + m, n8, v[m], lane);
+      } else {
+#pragma unroll
+        for (int m = 1; m < kGroups; ++m) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) v[0][i] += v[m][i];
         }
-        const int n8 = scatter_sum<3>(v, lane);
-        store_columns<3>(first_slot() + m, n8, v, lane);
+        const int n8 = scatter_sum<3>(v[0], lane);
+        store_columns<3>(tile, first_slot(), n8, v[0], lane);
       }
     } else {
 #pragma unroll
@@ -98,35 +108,39 @@ class Selection {
           switch (p_.log2_group) {
             case 0:
               n8 = scatter_sum<0>(v, lane);
-              store_columns<0>(token, n8, v, lane);
+              store_columns<0>(tile, token, n8, v, lane);
               break;
             case 1:
               n8 = scatter_sum<1>(v, lane);
-              store_columns<1>(token, n8, v, lane);
+              store_columns<1>(tile, token, n8, v, lane);
               break;
             case 2:
               n8 = scatter_sum<2>(v, lane);
-              store_columns<2>(token, n8, v, lane);
+              store_columns<2>(tile, token, n8, v, lane);
               break;
             default:
               n8 = scatter_sum<3>(v, lane);
-              store_columns<3>(token, n8, v, lane);
+              store_columns<3>(tile, token, n8, v, lane);
           }
         }
       }
     }
-    score_tile(tile, lane);
+  }
+  __device__ __forceinline__ void advance(int tile, int lane) const {
+    const int last = score_tiles() - 1;
+    if ((tile & last) == last) score_columns(tile - last, lane);
   }
 
   /// After the last observed tile: candidates past it, then the rows of block_indices.
   __device__ void finish(int observed_tiles, int lane) {
     const int last = job_.position(job_.tokens - 1) >> p_.select_shift;
-    for (int tile = observed_tiles; (tile << blocks_shift()) <= last; ++tile) {
+    for (int tile = observed_tiles;
+         (tile & (score_tiles() - 1)) != 0 || (tile << blocks_shift()) <= last; ++tile) {
       for (int i = 0; i < slots_per_warp(); ++i) {
-        float* columns = columns_ + (first_slot() + i) * kColumns + kHalo;
+        float* columns = tile_columns(tile, first_slot() + i);
         columns[lane] = columns[lane + 32] = 0.0f;
       }
-      score_tile(tile, lane);
+      advance(tile, lane);
     }
     for (int i = 0; i < tokens(); ++i) {
       const int token = first_token() + i;
@@ -137,6 +151,18 @@ class Selection {
   }
 
  private:
+  __host__ __device__ __forceinline__ static int columns(const FwdParams& p) {
+    return kHalo + (kTileKeys << p.score_shift);
+  }
+  __device__ __forceinline__ int score_tiles() const { return 1 << p_.score_shift; }
+  /// The first column sum after the halo of a slot, and that of a tile.
+  __device__ __forceinline__ float* slot_columns(int slot) const {
+    return columns_ + slot * columns(p_) + kHalo;
+  }
+  __device__ __forceinline__ float* tile_columns(int tile, int slot) const {
+    return slot_columns(slot) + (tile & (score_tiles() - 1)) * kTileKeys;
+  }
+
   /// Forced blocks of a token: [0, init) and [local, own].
   struct Forced {
     int own, init, local;
@@ -181,25 +207,26 @@ class Selection {
   }
 
   template <int kSteps>
-  __device__ __forceinline__ void store_columns(int slot, int n8, const float (&v)[16],
+  __device__ __forceinline__ void store_columns(int tile, int slot, int n8, const float (&v)[16],
                                                 int lane) const {
     if (!shared_token() && slot >= p_.tile_tokens) return;
-    float* columns = columns_ + slot * kColumns + kHalo + (lane & 3) * 2;
+    float* columns = tile_columns(tile, slot) + (lane & 3) * 2;
 #pragma unroll
     for (int i = 0; i < (8 >> kSteps); ++i)
       *reinterpret_cast<float2*>(columns + (n8 + i) * 8) = make_float2(v[2 * i], v[2 * i + 1]);
   }
 
-  /// Scores of the blocks whose last column lies in this tile.
-  __device__ void score_tile(int tile, int lane) const {
+  /// Scores of the blocks that end in the tiles from first_tile on.
+  __device__ void score_columns(int first_tile, int lane) const {
     sync_token();
     const int strides = 1 << strides_shift(), reach = p_.config.block_size >> p_.stride_shift;
-    const int items = tokens() << blocks_shift();
+    const int blocks = 1 << (blocks_shift() + p_.score_shift);  // per token, a power of two
+    const int items = tokens() * blocks;
     for (int base = 0; base < items; base += 32) {
       const int item = base + lane;
-      const int token = first_token() + (item >> blocks_shift());
-      const int local_block = item & ((1 << blocks_shift()) - 1);
-      const int block = (tile << blocks_shift()) + local_block;
+      const int local_block = item & (blocks - 1);
+      const int token = first_token() + (item >> (p_.score_shift + blocks_shift()));
+      const int block = (first_tile << blocks_shift()) + local_block;
       float score = 0.0f;
       bool candidate = false;
       if (item < items && token < job_.tokens) {
@@ -207,30 +234,28 @@ class Selection {
         candidate = block >= forced.init && block < forced.local;
         if (candidate) {
           const int slot = shared_token() ? warp_ : token;
-          const float* column = columns_ + slot * kColumns + kHalo + local_block * strides;
+          const float* column = slot_columns(slot) + local_block * strides;
           for (int k = 1 - reach; k < strides; ++k) {
             float sum = column[k];
-            if (shared_token()) sum += column[kColumns + k];
+            if (shared_token()) sum += column[columns(p_) + k];
             score += sum * static_cast<float>(k < 0 ? reach + k : min(reach, strides - k));
           }
         }
       }
-      keep_best(token, block, candidate, score, lane);
+      keep_best(token, block, candidate, score, min(32, blocks), lane);
     }
     sync_token();
     for (int i = 0; i < slots_per_warp(); ++i) {
-      float* columns = columns_ + (first_slot() + i) * kColumns;
-      if (lane < kHalo) columns[lane] = columns[kTileKeys + lane];
+      float* halo = slot_columns(first_slot() + i) - kHalo;
+      if (lane < kHalo) halo[lane] = halo[score_tiles() * kTileKeys + lane];
     }
     __syncwarp();
   }
 
-  /// Offers one block of each lane to the list of its token.
+  /// Offers one block of each lane to the list of its token; `width` lanes share a token.
   __device__ __forceinline__ void keep_best(int token, int block, bool candidate, float score,
-                                            int lane) const {
+                                            int width, int lane) const {
     const TopList best = list(token);
-    // The lanes whose blocks belong to the same token.
-    const int width = min(32, 1 << blocks_shift());
     const uint32_t peers = (width == 32 ? ~0u : (1u << width) - 1) << (lane & ~(width - 1));
     for (;;) {
       const bool admitted = candidate && best.admits(score);
