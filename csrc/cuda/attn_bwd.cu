@@ -65,13 +65,12 @@ KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, WorkspaceCur
                                 num_compressed(s.seqlen_k, c.block_size, c.block_stride),
                                 s.total_k / c.block_stride, c.block_stride, plan.group_keys);
   else
-    plan.groups =
-        make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1, plan.group_keys);
+    plan.groups = make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1, plan.group_keys);
   const int64_t tiles = s.heads_kv * plan.groups.count * plan.parts;
   const int64_t queries = count_queries(p, plan), group = s.heads_q / s.heads_kv;
   const int64_t splits = std::max(kTargetTasks - tiles, kMinSplits);
-  const int64_t piece = round_up<int64_t>(
-      std::max(ceil_div(queries, splits), ceil_div(kMinTaskRows, group)), 32);
+  const int64_t piece =
+      round_up<int64_t>(std::max(ceil_div(queries, splits), ceil_div(kMinTaskRows, group)), 32);
   plan.piece = static_cast<int>(std::min<int64_t>(piece, INT32_MAX / 64 * 32));
   const int64_t full_pieces = queries / plan.piece;
   plan.max_tasks = static_cast<int>(grid_size(tiles + full_pieces));
@@ -96,12 +95,12 @@ Job make_job(const AttnBwd& p, void* memory) {
   job.shared_window = p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr;
   job.dq.common = job.common;
   job.dq.tile_tokens = query_tile_tokens(s.dim_qk, job.common.group);
-  job.dq.tiles = make_tile_map(s.cu_seqlens_q, s.batch, s.seqlen_q, s.total_q, 1,
-                               job.dq.tile_tokens);
+  job.dq.tiles =
+      make_tile_map(s.cu_seqlens_q, s.batch, s.seqlen_q, s.total_q, 1, job.dq.tile_tokens);
   if (job.selected) {
     InvertedIndex& index = job.index;
-    index.blocks = make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1,
-                                 p.config.select_size);
+    index.blocks =
+        make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1, p.config.select_size);
     // Cursors take no more memory than the lists themselves.
     const int64_t chunk = std::max<int64_t>(kMinChunkRows, index.blocks.count / p.index_count + 1);
     index.chunk_rows = static_cast<int>(chunk);
@@ -122,8 +121,7 @@ Job make_job(const AttnBwd& p, void* memory) {
   int64_t partial_floats = 0;
   for (int c = 0; c < kNumBranches; ++c)
     if (p.branch[c].enabled && !(c == kWindow && job.shared_window))
-      job.plans[job.num_plans++] =
-          make_plan(p, c, job.shared_window, workspace, partial_floats);
+      job.plans[job.num_plans++] = make_plan(p, c, job.shared_window, workspace, partial_floats);
   // One after the other, the plans use the same memory.
   float* partial = workspace.take<float>(partial_floats);
   for (KeyPlan& plan : job.plans) plan.partial = partial;
@@ -139,7 +137,7 @@ struct Kernels {
 /// The instance for the call's head dims; a null one where there is none.
 template <class T>
 Kernels find_kernels(const AttnShape& s) {
-#define NSA_BWD_FIND(DIM_QK, DIM_V)             \
+#define NSA_BWD_FIND(DIM_QK, DIM_V)           \
   if (s.dim_qk == DIM_QK && s.dim_v == DIM_V) \
     return {launch_bwd_dq<T, DIM_QK, DIM_V>, launch_bwd_dkv<T, DIM_QK, DIM_V>};
   NSA_BWD_FOR_EACH_DIMS(NSA_BWD_FIND)
@@ -147,13 +145,14 @@ Kernels find_kernels(const AttnShape& s) {
   return {};
 }
 
+/// Rows are read and written 16 bytes at a time. The stride of an axis of one element is free.
 template <class View>
-void check_aligned(const View& view, const char* name) {
-  const bool aligned = reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 && view.batch % 8 == 0 &&
-                       view.seq % 8 == 0 && view.head % 8 == 0;
+void check_aligned(const View& view, const char* name, int64_t batch, int64_t heads) {
+  const bool aligned = reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 &&
+                       (batch == 1 || view.batch % 8 == 0) && view.seq % 8 == 0 &&
+                       (heads == 1 || view.head % 8 == 0);
   if (!aligned)
-    throw std::invalid_argument(std::string(name) +
-                                ": rows must start at multiples of 16 bytes");
+    throw std::invalid_argument(std::string(name) + ": rows must start at multiples of 16 bytes");
 }
 
 void check(const AttnBwd& p) {
@@ -164,16 +163,17 @@ void check(const AttnBwd& p) {
     throw std::invalid_argument("the number of selected blocks must be 1 to 64");
   if (p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr && !p.branch[kSelected].enabled)
     throw std::invalid_argument("the window's dk and dv need a place");
-  check_aligned(p.q, "q");
-  check_aligned(p.dout, "dout");
-  check_aligned(p.dq, "dq");
+  const int64_t batch = s.cu_seqlens_q ? 1 : s.batch;
+  check_aligned(p.q, "q", batch, s.heads_q);
+  check_aligned(p.dout, "dout", batch, s.heads_q);
+  check_aligned(p.dq, "dq", batch, s.heads_q);
   for (const BranchBwd& branch : p.branch) {
     if (!branch.enabled) continue;
-    check_aligned(branch.k, "k");
-    check_aligned(branch.v, "v");
-    check_aligned(branch.out, "out");
-    check_aligned(branch.dk, "dk");
-    check_aligned(branch.dv, "dv");
+    check_aligned(branch.out, "out", batch, s.heads_q);
+    check_aligned(branch.k, "k", batch, s.heads_kv);
+    check_aligned(branch.v, "v", batch, s.heads_kv);
+    check_aligned(branch.dk, "dk", batch, s.heads_kv);
+    check_aligned(branch.dv, "dv", batch, s.heads_kv);
   }
 }
 

@@ -5,9 +5,10 @@
 //
 // Warps work in pairs on 16 * kKeyTiles keys: one makes P and dV, the other dS and dK, two products
 // each, so that both keep their operand (K or V) and their accumulator (dV or dK) in registers, and
-// every fragment of Q and dO read from shared memory serves kKeyTiles products. P reaches the second
-// warp through shared memory, rounded to T as the product with dO needs it anyway. Its fragment
-// layout is that of dP, so each lane reads back what the same lane of the first warp wrote.
+// every fragment of Q and dO read from shared memory serves kKeyTiles products. P reaches the
+// second warp through shared memory, rounded to T as the product with dO needs it anyway. Its
+// fragment layout is that of dP, so each lane reads back what the same lane of the first warp
+// wrote.
 #pragma once
 
 #include "cuda/sm80/bwd_kernels.h"
@@ -45,8 +46,8 @@ template <class T, int kFirstDim, int kSecondDim, int kKeyTiles, bool kMakesP, b
 struct RowTileProducts {
   template <int kFragments, int kColumns>
   static __device__ __forceinline__ void run(uint32_t first_tile, uint32_t second_tile,
-                                             const RowTileInfo& info, uint32_t exchange,
-                                             int pair, int lane, float scale_log2,
+                                             const RowTileInfo& info, uint32_t exchange, int pair,
+                                             int lane, float scale_log2,
                                              const uint32_t (&operand)[kKeyTiles][kFragments][4],
                                              float (&acc)[kKeyTiles][kColumns][4]) {
     const PatchReader<kFirstDim, Patch::kColumnsFirst> first_reader(lane);
@@ -113,8 +114,8 @@ struct RowTileProducts {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float2 p = unpack2<T>(a[m][2 * n + i]);
-              a[m][2 * n + i] = pack2<T>(p.x * (x[m][n][2 * i] - delta.x),
-                                         p.y * (x[m][n][2 * i + 1] - delta.y));
+              a[m][2 * n + i] =
+                  pack2<T>(p.x * (x[m][n][2 * i] - delta.x), p.y * (x[m][n][2 * i + 1] - delta.y));
             }
         }
       }
@@ -135,9 +136,9 @@ struct RowTileProducts {
 /// The accumulators of one warp, times `factor`: to `partial` (64 x kDim floats), or as T to `dst`
 /// (rows `stride` apart) for the task's keys.
 template <class T, int kDim, int kKeyTiles, int kColumns>
-__device__ __forceinline__ void store_keys(const float (&acc)[kKeyTiles][kColumns][4],
-                                           float factor, int first_key, int keys, int lane,
-                                           float* partial, T* dst, int64_t stride) {
+__device__ __forceinline__ void store_keys(const float (&acc)[kKeyTiles][kColumns][4], float factor,
+                                           int first_key, int keys, int lane, float* partial,
+                                           T* dst, int64_t stride) {
 #pragma unroll
   for (int m = 0; m < kKeyTiles; ++m)
 #pragma unroll
@@ -223,8 +224,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
   float acc[kKeyTiles][Traits::kMaxDim / 8][4] = {};
   const float scale_log2 = static_cast<float>(p.shape.softmax_scale * 1.4426950408889634);
-  const uint32_t exchange = smem_addr(smem + Traits::kExchangeOffset) +
-                            pair * (Traits::kExchangeBytes / Traits::kPairs);
+  const uint32_t exchange =
+      smem_addr(smem + Traits::kExchangeOffset) + pair * (Traits::kExchangeBytes / Traits::kPairs);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the tile is there, and everyone is done with the one before it

@@ -1,5 +1,5 @@
-// Query-stationary dQ: a block of threads owns up to 176 query rows (whole tokens) and walks the keys
-// that they see in all branches, so that their sum stays in registers and is rounded once.
+// Query-stationary dQ: a block of threads owns up to 176 query rows (whole tokens) and walks the
+// keys that they see in all branches, so that their sum stays in registers and is rounded once.
 //
 //   S = Q K^T     P = gate * exp2(scale S - lse)     dP = dO V^T     dS = P * (dP - delta)
 //   dQ += scale dS K
@@ -36,8 +36,8 @@ struct RowPair {
   float lse_log2[2], delta[2], gate[2];
   KeyRange keys[2];
 
-  __device__ __forceinline__ void load_branch(const DqArgs& args, const QueryTile& tile,
-                                              int branch, int first_row) {
+  __device__ __forceinline__ void load_branch(const DqArgs& args, const QueryTile& tile, int branch,
+                                              int first_row) {
     const AttnBwd& p = args.common.p;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -64,6 +64,108 @@ struct RowPair {
     const bool looks = (bits >> (token[i] % 32)) & 1;
     return {keys[i].begin - info.key, looks ? min(keys[i].end, info.end) - info.key : 0};
   }
+};
+
+/// One warp's 16 rows against tiles of keys.
+template <class T, class Traits>
+class KeyTileProducts {
+  static constexpr int kDimQk = Traits::kDimQk, kDimV = Traits::kDimV;
+
+ public:
+  /// Rows lane / 4 and lane / 4 + 8 of Q and dO in global memory, null for padding; the warp's rows
+  /// of Q in shared memory, where kQInSmem.
+  __device__ __forceinline__ KeyTileProducts(const T* q0, const T* q1, const T* dout0,
+                                             const T* dout1, uint32_t q_smem, int lane,
+                                             float scale_log2)
+      : q_smem_(q_smem),
+        lane_(lane),
+        scale_log2_(scale_log2),
+        q_reader_(lane),
+        k_reader_(lane),
+        v_reader_(lane),
+        k_transposed_reader_(lane) {
+    if constexpr (!Traits::kQInSmem) load_operand(q_, q0, q1);
+    load_operand(dout_, dout0, dout1);
+  }
+
+  /// acc += dS K. Masked: row i of the pair sees `keys[i]` only, relative to the tile. Not a
+  /// run-time condition, so that the common case is one block of code to schedule.
+  template <bool kMasked>
+  __device__ __forceinline__ void run(uint32_t k_tile, const RowPair& rows,
+                                      const KeyRange (&keys)[2],
+                                      float (&acc)[kDimQk / 8][4]) const {
+    const uint32_t v_tile = k_tile + Traits::Ring::kKBytes;
+    float s[kKeyTile / 8][4] = {}, dp[kKeyTile / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < kDimQk / 16; ++k) {
+      uint32_t a[4], b[4];
+      if constexpr (Traits::kQInSmem)
+        ldmatrix_x4(a, q_reader_.at(q_smem_, 0, k));
+      else
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = q_[k][i];
+#pragma unroll
+      for (int n = 0; n < kKeyTile / 16; ++n) {
+        ldmatrix_x4(b, k_reader_.at(k_tile, n * 16, k));
+        mma_16816<T>(s[2 * n], a, b[0], b[1]);
+        mma_16816<T>(s[2 * n + 1], a, b[2], b[3]);
+        if (k >= kDimV / 16) continue;
+        ldmatrix_x4(b, v_reader_.at(v_tile, n * 16, k));
+        mma_16816<T>(dp[2 * n], dout_[k], b[0], b[1]);
+        mma_16816<T>(dp[2 * n + 1], dout_[k], b[2], b[3]);
+      }
+    }
+    uint32_t ds[kKeyTile / 16][4];
+#pragma unroll
+    for (int n = 0; n < kKeyTile / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x = exp2_approx(fmaf(s[n][i], scale_log2_, -rows.lse_log2[i / 2])) * rows.gate[i / 2];
+        if (kMasked) {
+          const int key = n * 8 + 2 * (lane_ % 4) + i % 2;
+          if (key < keys[i / 2].begin || key >= keys[i / 2].end) x = 0.0f;
+        }
+        s[n][i] = x * (dp[n][i] - rows.delta[i / 2]);
+      }
+      ds[n / 2][n % 2 * 2] = pack2<T>(s[n][0], s[n][1]);
+      ds[n / 2][n % 2 * 2 + 1] = pack2<T>(s[n][2], s[n][3]);
+    }
+#pragma unroll
+    for (int k = 0; k < kKeyTile / 16; ++k)
+#pragma unroll
+      for (int d = 0; d < kDimQk / 16; ++d) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, k_transposed_reader_.at(k_tile, k * 16, d));
+        mma_16816<T>(acc[2 * d], ds[k], b[0], b[1]);
+        mma_16816<T>(acc[2 * d + 1], ds[k], b[2], b[3]);
+      }
+  }
+
+ private:
+  template <int kFragments>
+  __device__ __forceinline__ void load_operand(uint32_t (&fragments)[kFragments][4], const T* row0,
+                                               const T* row1) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const T* row = i ? row1 : row0;
+#pragma unroll
+      for (int k = 0; k < kFragments; ++k)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          fragments[k][half * 2 + i] =
+              row ? *reinterpret_cast<const uint32_t*>(row + k * 16 + half * 8 + 2 * (lane_ % 4))
+                  : 0u;
+    }
+  }
+
+  uint32_t q_[Traits::kQInSmem ? 1 : kDimQk / 16][4], dout_[kDimV / 16][4];
+  uint32_t q_smem_;
+  int lane_;
+  float scale_log2_;
+  PatchReader<kDimQk, Patch::kRowsFirst> q_reader_;
+  PatchReader<kDimQk, Patch::kColumnsFirst> k_reader_;
+  PatchReader<kDimV, Patch::kColumnsFirst> v_reader_;
+  PatchReader<kDimQk, Patch::kRowsFirst> k_transposed_reader_;
 };
 
 template <class T, class Traits>
@@ -130,28 +232,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     rows.token[i] = min((first_row + 8 * i) / group, kMaxTileTokens - 1);
     rows.valid[i] = (first_row + 8 * i) / group < tile.count;
   }
-  uint32_t q[Traits::kQInSmem ? 1 : kDimQk / 16][4], dout[kDimV / 16][4];
-  const auto load_operand = [&](const View<const T>& view, auto& fragments) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const T* src = row_of(view, first_row + 8 * i);
-#pragma unroll
-      for (int k = 0; k < static_cast<int>(sizeof(fragments) / 16); ++k)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          fragments[k][half * 2 + i] =
-              src ? *reinterpret_cast<const uint32_t*>(src + k * 16 + half * 8 + 2 * (lane % 4))
-                  : 0u;
-    }
-  };
-  if constexpr (!Traits::kQInSmem) load_operand(typed<T>(p.q), q);
-  load_operand(typed<T>(p.dout), dout);
-
-  const float scale_log2 = static_cast<float>(p.shape.softmax_scale * 1.4426950408889634);
-  const PatchReader<kDimQk, Patch::kRowsFirst> q_reader(lane);
-  const PatchReader<kDimQk, Patch::kColumnsFirst> k_reader(lane);
-  const PatchReader<kDimV, Patch::kColumnsFirst> v_reader(lane);
-  const PatchReader<kDimQk, Patch::kRowsFirst> k_transposed_reader(lane);
+  KeyTileProducts<T, Traits> tile_products(
+      row_of(typed<T>(p.q), first_row), row_of(typed<T>(p.q), first_row + 8),
+      row_of(typed<T>(p.dout), first_row), row_of(typed<T>(p.dout), first_row + 8),
+      q_smem + warp * 16 * kDimQk * 2, lane,
+      static_cast<float>(p.shape.softmax_scale * 1.4426950408889634));
   float acc[kDimQk / 8][4] = {};
   int branch = -1;
   while (true) {
@@ -170,62 +255,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       whole &= !rows.valid[i] || (keys[i].begin <= 0 && keys[i].end >= kKeyTile);
     }
     if (__any_sync(kFullWarp, sees)) {
-      const bool masked = !__all_sync(kFullWarp, whole);
-      const uint32_t k_tile = ring.tile(), v_tile = k_tile + Ring::kKBytes;
-      float s[kKeyTile / 8][4] = {}, dp[kKeyTile / 8][4] = {};
-#pragma unroll
-      for (int k = 0; k < kDimQk / 16; ++k) {
-        uint32_t a[4], b[4];
-        if constexpr (Traits::kQInSmem) ldmatrix_x4(a, q_reader.at(q_smem, warp * 16, k));
-#pragma unroll
-        for (int n = 0; n < kKeyTile / 16; ++n) {
-          ldmatrix_x4(b, k_reader.at(k_tile, n * 16, k));
-          if constexpr (Traits::kQInSmem) {
-            mma_16816<T>(s[2 * n], a, b[0], b[1]);
-            mma_16816<T>(s[2 * n + 1], a, b[2], b[3]);
-          } else {
-            mma_16816<T>(s[2 * n], q[k], b[0], b[1]);
-            mma_16816<T>(s[2 * n + 1], q[k], b[2], b[3]);
-          }
-          if (k >= kDimV / 16) continue;
-          ldmatrix_x4(b, v_reader.at(v_tile, n * 16, k));
-          mma_16816<T>(dp[2 * n], dout[k], b[0], b[1]);
-          mma_16816<T>(dp[2 * n + 1], dout[k], b[2], b[3]);
-        }
-      }
-      uint32_t ds[kKeyTile / 16][4];
-#pragma unroll
-      for (int n = 0; n < kKeyTile / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float x = exp2_approx(fmaf(s[n][i], scale_log2, -rows.lse_log2[i / 2])) *
-                    rows.gate[i / 2];
-          if (masked) {
-            const int key = n * 8 + 2 * (lane % 4) + i % 2;
-            if (key < keys[i / 2].begin || key >= keys[i / 2].end) x = 0.0f;
-          }
-          s[n][i] = x * (dp[n][i] - rows.delta[i / 2]);
-        }
-        ds[n / 2][n % 2 * 2] = pack2<T>(s[n][0], s[n][1]);
-        ds[n / 2][n % 2 * 2 + 1] = pack2<T>(s[n][2], s[n][3]);
-      }
-#pragma unroll
-      for (int k = 0; k < kKeyTile / 16; ++k)
-#pragma unroll
-        for (int d = 0; d < kDimQk / 16; ++d) {
-          uint32_t b[4];
-          ldmatrix_x4_trans(b, k_transposed_reader.at(k_tile, k * 16, d));
-          mma_16816<T>(acc[2 * d], ds[k], b[0], b[1]);
-          mma_16816<T>(acc[2 * d + 1], ds[k], b[2], b[3]);
-        }
+      if (__all_sync(kFullWarp, whole))
+        tile_products.template run<false>(ring.tile(), rows, keys, acc);
+      else
+        tile_products.template run<true>(ring.tile(), rows, keys, acc);
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(ring.empty());
     ring.advance();
   }
 
-  // Out through shared memory, for stores of whole rows. After the barrier no warp reads Q or a tile
-  // any more, and each uses its own rows only.
+  // Out through shared memory, for stores of whole rows. After the barrier no warp reads Q or a
+  // tile any more, and each uses its own rows only.
   named_barrier_sync(1, Traits::kReaders * 32);
   const float scale = static_cast<float>(p.shape.softmax_scale);
   char* out = smem + warp * 16 * kDimQk * 2;
@@ -233,8 +274,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   for (int d = 0; d < kDimQk / 8; ++d)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      *reinterpret_cast<uint32_t*>(out + tile_offset<kDimQk>(lane / 4 + 8 * i, d) +
-                                   lane % 4 * 4) =
+      *reinterpret_cast<uint32_t*>(out + tile_offset<kDimQk>(lane / 4 + 8 * i, d) + lane % 4 * 4) =
           pack2<T>(acc[d][2 * i] * scale, acc[d][2 * i + 1] * scale);
   __syncwarp();
   const View<T> dq = typed<T>(p.dq);
@@ -255,7 +295,8 @@ void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
   if (blocks == 0) return;
   int device, available;
   NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  NSA_CUDA_CHECK(
+      cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   DqArgs launched = args;
   launched.stages = (available - Traits::kQBytes) / Traits::Ring::kStageBytes;
   if (launched.stages > Traits::kMaxStages) launched.stages = Traits::kMaxStages;

@@ -7,8 +7,8 @@
 namespace nsa::cuda::bwd {
 namespace {
 
-/// Up to 64 selected blocks of a (query, kv head), two a lane; -1 where absent, out of range, wholly
-/// past the query's position, or a repetition.
+/// Up to 64 selected blocks of a (query, kv head), two a lane; -1 where absent, out of range,
+/// wholly past the query's position, or a repetition.
 struct LaneBlocks {
   int block[2];
 };
@@ -39,12 +39,12 @@ __device__ __forceinline__ int num_candidates(int t, const BlockConfig& config) 
   return t < 0 ? 0 : t / config.select_size + 1;
 }
 
-/// A warp walks one chunk of query rows in order and keeps a cursor for every block: first to count,
-/// then, the cursors turned into offsets, to write the lists. Blocks of a row differ, so its lanes
-/// touch different cursors.
+/// A warp walks one chunk of query rows in order and keeps a cursor for every block: first to
+/// count, then, the cursors turned into offsets, to write the lists. Blocks of a row differ, so its
+/// lanes touch different cursors.
 template <bool kFill>
-__global__ void __launch_bounds__(128) walk_selection(const __grid_constant__ AttnBwd p,
-                                                      const InvertedIndex index) {
+__global__ void __launch_bounds__(128)
+    walk_selection(const __grid_constant__ AttnBwd p, const InvertedIndex index) {
   const int lane = threadIdx.x % 32;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (warp >= p.shape.heads_kv * index.chunks) return;
@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(128) walk_selection(const __grid_constant__ At
     loaded = row + 1 < last && i + 1 < sequence.q_len;
     if (loaded) next = load(i + 1);
     const LaneBlocks blocks =
-        unique_blocks(current, p.index_count, lane,
-                      num_candidates(sequence.position(i), p.config));
+        unique_blocks(current, p.index_count, lane, num_candidates(sequence.position(i), p.config));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (blocks.block[j] < 0) continue;
@@ -125,9 +124,8 @@ __global__ void __launch_bounds__(128) scan_chunks(const InvertedIndex index) {
 constexpr int kSpan = 1024;  // blocks whose token masks are in shared memory at a time
 constexpr int kUnionThreads = 128;
 
-__global__ void __launch_bounds__(kUnionThreads) unite_selection(const __grid_constant__ DqArgs args,
-                                                                 UnionBlock* blocks,
-                                                                 int32_t* counts) {
+__global__ void __launch_bounds__(kUnionThreads)
+    unite_selection(const __grid_constant__ DqArgs args, UnionBlock* blocks, int32_t* counts) {
   __shared__ uint32_t masks[2][kSpan];
   __shared__ int warp_counts[kUnionThreads / 32];
   const AttnBwd& p = args.common.p;
@@ -148,8 +146,7 @@ __global__ void __launch_bounds__(kUnionThreads) unite_selection(const __grid_co
     __syncthreads();
     for (int i = thread; i < tokens * p.index_count; i += kUnionThreads) {
       const int token = i / p.index_count;
-      const int block =
-          lists[(first + token) * p.block_indices.seq + i - token * p.index_count];
+      const int block = lists[(first + token) * p.block_indices.seq + i - token * p.index_count];
       if (block >= base && block < base + kSpan &&
           block < num_candidates(sequence.position(first + token), p.config))
         atomicOr(&masks[token / 32][block - base], 1u << (token % 32));

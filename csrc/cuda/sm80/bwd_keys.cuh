@@ -147,10 +147,10 @@ __device__ __forceinline__ void fill_ring(Ring& ring, const DqArgs& args, const 
                                           int branch, const Source& source) {
   const AttnBwd& p = args.common.p;
   const InView &k_view = p.branch[branch].k, &v_view = p.branch[branch].v;
-  const T* k = branch_keys(typed<T>(k_view), tile.sequence, branch, p.config) +
-               tile.head * k_view.head;
-  const T* v = branch_keys(typed<T>(v_view), tile.sequence, branch, p.config) +
-               tile.head * v_view.head;
+  const T* k =
+      branch_keys(typed<T>(k_view), tile.sequence, branch, p.config) + tile.head * k_view.head;
+  const T* v =
+      branch_keys(typed<T>(v_view), tile.sequence, branch, p.config) + tile.head * v_view.head;
   const int lane = threadIdx.x % 32;
   source.for_each([&](int key, int end, uint32_t low, uint32_t high) {
     mbarrier_wait(ring.empty(), ring.parity ^ 1);

@@ -13,10 +13,10 @@
 
 namespace nsa::cuda::bwd {
 
-inline constexpr int kMaxGroup = 64;        // G
-inline constexpr int kMaxIndexCount = 64;   // n
-inline constexpr int kTaskKeys = 64;        // keys that one block of the dK/dV kernel owns
-inline constexpr int kMaxTileTokens = 64;   // tokens of a query tile: bits of UnionBlock's mask
+inline constexpr int kMaxGroup = 64;       // G
+inline constexpr int kMaxIndexCount = 64;  // n
+inline constexpr int kTaskKeys = 64;       // keys that one block of the dK/dV kernel owns
+inline constexpr int kMaxTileTokens = 64;  // tokens of a query tile: bits of UnionBlock's mask
 
 /// Warps of a dQ block that own 16 query rows each. With the one that copies keys they are 12 warps
 /// of 168 registers, or, where dQ takes 96 of them, 8 warps of 255: a ninth warp would bring the
@@ -39,9 +39,9 @@ struct alignas(16) RowStats {
 };
 
 /// Cuts every sequence into tiles of `tile` items and numbers them from the first sequence to the
-/// last; an item is `unit` rows of cu_seqlens. In a packed batch the numbering has gaps, so that the
-/// number of tiles follows from sizes the host knows:
-/// floor(a / L) + ceil(s / L) <= floor((a + s) / L) + 1.
+/// last; an item is `unit` rows of cu_seqlens. In a packed batch the numbering has gaps, so that
+/// the number of tiles follows from sizes the host knows: floor(a / L) + ceil(s / L) <= floor((a +
+/// s) / L) + 1.
 struct TileMap {
   const int32_t* cu_seqlens;  // or null
   int batch;
@@ -92,12 +92,12 @@ struct alignas(16) UnionBlock {
 /// Which (query, kv head) pairs chose a selection block: stable counting sort of block_indices.
 /// Lists hold query indices within their sequence, ascending.
 struct InvertedIndex {
-  TileMap blocks;         // selection blocks of all sequences
+  TileMap blocks;          // selection blocks of all sequences
   int chunk_rows, chunks;  // query rows that one warp sorts, and how many such pieces there are
-  int32_t* cursor;        // (Hkv, chunks, blocks): counts, then where the chunk's entries start
-  int32_t* count;         // (Hkv, blocks)
-  int32_t* begin;         // (Hkv, blocks): where the list starts in `queries`
-  int32_t* queries;       // (total_q * Hkv * n)
+  int32_t* cursor;         // (Hkv, chunks, blocks): counts, then where the chunk's entries start
+  int32_t* count;          // (Hkv, blocks)
+  int32_t* begin;          // (Hkv, blocks): where the list starts in `queries`
+  int32_t* queries;        // (total_q * Hkv * n)
 };
 
 /// Work of one block of the dK/dV kernel: up to 64 keys, and the queries that send them gradients:
@@ -121,18 +121,18 @@ struct alignas(16) SplitTile {
 
 /// The dK/dV work of one kernel launch, laid out on the device by `plan_key_tasks`.
 struct KeyPlan {
-  TileMap groups;      // runs of group_keys keys
-  int group_keys;      // select_size where lists are walked, else 64
-  int parts;           // key tiles of a group
-  int branch;          // whose K, V, dK, dV
-  bool has_list;       // walk the inverted index,
-  int range_branch;    // then the tokens that see the keys in this branch; -1: none
-  int piece;           // queries of a task, at most
+  TileMap groups;    // runs of group_keys keys
+  int group_keys;    // select_size where lists are walked, else 64
+  int parts;         // key tiles of a group
+  int branch;        // whose K, V, dK, dV
+  bool has_list;     // walk the inverted index,
+  int range_branch;  // then the tokens that see the keys in this branch; -1: none
+  int piece;         // queries of a task, at most
   int max_tasks, max_slots;
   KeyTask* tasks;
   int* num_tasks;
-  SplitTile* tiles;    // (Hkv, groups, parts)
-  float* partial;      // (slots, 64 * (Dk + Dv))
+  SplitTile* tiles;  // (Hkv, groups, parts)
+  float* partial;    // (slots, 64 * (Dk + Dv))
 };
 
 struct BwdArgs {
@@ -143,7 +143,7 @@ struct BwdArgs {
 
 struct DqArgs {
   BwdArgs common;
-  TileMap tiles;   // of tile_tokens query tokens
+  TileMap tiles;  // of tile_tokens query tokens
   int tile_tokens;
   const UnionBlock* union_blocks;  // (Hkv, tiles, tile_tokens * n)
   const int32_t* union_counts;     // (Hkv, tiles)

@@ -1,6 +1,6 @@
-// The task list of a dK/dV launch. Keys differ in how many queries send them gradients (block 0 of a
-// selection: all of them), so long keys are cut into tasks of at most `piece` queries, whose results
-// are added up in order afterwards.
+// The task list of a dK/dV launch. Keys differ in how many queries send them gradients (block 0 of
+// a selection: all of them), so long keys are cut into tasks of at most `piece` queries, whose
+// results are added up in order afterwards.
 #include "cuda/sm80/bwd_kernels.h"
 #include "cuda/sm80/bwd_ptx.cuh"
 #include "cuda/sm80/bwd_sequence.cuh"
@@ -63,9 +63,9 @@ __device__ Range range_queries(const Sequence& sequence, int branch, int key, in
 }
 
 /// One block of threads; a thread takes one group of keys of one head at a time.
-__global__ void __launch_bounds__(kThreads) plan_key_tasks(const __grid_constant__ AttnBwd p,
-                                                           const KeyPlan plan,
-                                                           const InvertedIndex index) {
+__global__ void __launch_bounds__(kThreads)
+    plan_key_tasks(const __grid_constant__ AttnBwd p, const KeyPlan plan,
+                   const InvertedIndex index) {
   const int64_t total = p.shape.heads_kv * plan.groups.count;
   Need before{0, 0, 0};
   for (int64_t base = 0; base < total; base += kThreads) {
@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) plan_key_tasks(const __grid_constant
 
     Need need{0, 0, list};
     for (int part = 0; part < plan.parts && keys_of(part) > 0; ++part) {
-      const int tasks = tasks_of(list + range_queries(sequence, plan.range_branch, key_of(part),
-                                                      keys_of(part), p.config)
-                                            .count);
+      const int tasks = tasks_of(
+          list +
+          range_queries(sequence, plan.range_branch, key_of(part), keys_of(part), p.config).count);
       need.tasks += tasks;
       if (tasks > 1) need.slots += tasks;
     }

@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(kThreads) preprocess_rows(const __grid_constan
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2)
 #pragma unroll
-      for (int c = 0; c < kNumBranches; ++c)
-        delta[c] += __shfl_xor_sync(kFullWarp, delta[c], step);
+      for (int c = 0; c < kNumBranches; ++c) delta[c] += __shfl_xor_sync(kFullWarp, delta[c], step);
     if (!valid || lane >= kNumBranches) continue;
 
     const int c = lane;  // one lane writes one branch

@@ -42,8 +42,7 @@ class RowSource {
 
   __device__ __forceinline__ int tiles() const {
     return static_cast<int>(ceil_div<int64_t>(
-        static_cast<int64_t>(task_.list_count + task_.token_count) * args_.common.group,
-        kRowTile));
+        static_cast<int64_t>(task_.list_count + task_.token_count) * args_.common.group, kRowTile));
   }
 
   /// Starts the copies of the next tile. All threads call it; the caller commits.
@@ -84,11 +83,11 @@ class RowSource {
     info->key_begin[lane] = keys.begin;
     info->key_end[lane] = keys.end;
     if (lane == 0) info->masked = !whole;
-    const RowStats* stats =
-        args_.common.stats +
-        ((branch * p.shape.heads_kv + task_.head) * p.shape.total_q + sequence_.q_row +
-         max(token, 0)) * args_.common.group +
-        head;
+    const RowStats* stats = args_.common.stats +
+                            ((branch * p.shape.heads_kv + task_.head) * p.shape.total_q +
+                             sequence_.q_row + max(token, 0)) *
+                                args_.common.group +
+                            head;
     cp_async_4(smem_addr(&info->lse_log2[lane]), &stats->lse_log2, valid);
     cp_async_4(smem_addr(&info->delta[lane]), &stats->delta, valid);
     cp_async_4(smem_addr(&info->gate[lane]), &stats->gate, valid);

@@ -30,7 +30,11 @@ struct Sequence {
 
 __device__ __forceinline__ Sequence load_sequence(const AttnShape& shape, int b) {
   if (!shape.cu_seqlens_q)
-    return {b, 0, 0, b * shape.seqlen_q, static_cast<int>(shape.seqlen_q),
+    return {b,
+            0,
+            0,
+            b * shape.seqlen_q,
+            static_cast<int>(shape.seqlen_q),
             static_cast<int>(shape.seqlen_k)};
   const int q = shape.cu_seqlens_q[b], k = shape.cu_seqlens_k[b];
   return {0, q, k, q, shape.cu_seqlens_q[b + 1] - q, shape.cu_seqlens_k[b + 1] - k};
@@ -55,8 +59,8 @@ __device__ __forceinline__ T* branch_keys(const View<T>& view, Sequence sequence
 }
 __device__ __forceinline__ int branch_length(const Sequence& sequence, int branch,
                                              const BlockConfig& config) {
-  return branch == kCompressed ? static_cast<int>(num_compressed(
-                                     sequence.k_len, config.block_size, config.block_stride))
+  return branch == kCompressed ? static_cast<int>(num_compressed(sequence.k_len, config.block_size,
+                                                                 config.block_stride))
                                : sequence.k_len;
 }
 

@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads) sum_partials(const __grid_constant__
 
 template <class T>
 void launch_bwd_sum(const DkvArgs& args, cudaStream_t stream) {
-  const int64_t tiles =
-      args.common.p.shape.heads_kv * args.plan.groups.count * args.plan.parts;
+  const int64_t tiles = args.common.p.shape.heads_kv * args.plan.groups.count * args.plan.parts;
   if (tiles == 0) return;
   sum_partials<T><<<dim3(grid_size(tiles), kBlocksPerTile), kThreads, 0, stream>>>(args);
   check_launch("sum_partials");
