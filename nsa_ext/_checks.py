@@ -6,6 +6,7 @@ They read no values from a GPU. cu_seqlens on the CPU are read, except while com
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -131,15 +132,15 @@ def check_kv(
 ) -> None:
     """As :func:`check_k`, and the values have the rows and heads of the keys, and ``dim_v``."""
     check_k(names[0], k, q, packed, rows, heads, compressed)
-    check_v(names, v, k, (*_key_rows(packed, compressed), "Hkv", "Dv"), dim_v)
+    fits_to = names[0] if dim_v is None else f"{names[0]} and v"
+    check_v(names[1], v, k, (*_key_rows(packed, compressed), "Hkv", "Dv"), dim_v, fits_to)
 
 
 def check_v(
-    names: tuple[str, str], v: Tensor, k: Tensor, dims: tuple[str, ...], dim_v: int | None
+    name: str, v: Tensor, k: Tensor, dims: tuple[str, ...], dim_v: int | None, fits_to: str
 ) -> None:
     """The values have the rows and heads of the keys."""
-    k_name, name = names
-    check_tensor(name, v, dims, (*k.shape[:-1], dim_v), like=k, fits_to=k_name)
+    check_tensor(name, v, dims, (*k.shape[:-1], dim_v), like=k, fits_to=fits_to)
     if v.shape[-1] < 1:
         raise ValueError(f"{name}: expected at least one dim, got {tuple(v.shape)}")
 
@@ -169,15 +170,14 @@ def check_compress_input(
     k: Tensor,
     v: Tensor,
     packed: bool,
-    heads: int | None = None,
     dim_k: int | None = None,
     dim_v: int | None = None,
 ) -> None:
     """Raw k (B, Sk, Hkv, Dk) and v (B, Sk, Hkv, Dv) of a compressor, or packed."""
     rows = _rows(packed, "k")
-    check_tensor("k", k, (*rows, "Hkv", "Dk"), (*((None,) * len(rows)), heads, dim_k))
+    check_tensor("k", k, (*rows, "Hkv", "Dk"), (*((None,) * (len(rows) + 1)), dim_k))
     check_floating("k", k)
-    check_v(("k", "v"), v, k, (*rows, "Hkv", "Dv"), dim_v)
+    check_v("v", v, k, (*rows, "Hkv", "Dv"), dim_v, "k")
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
@@ -187,14 +187,23 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an int of at least {least}, got {value}")
 
 
+def check_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def check_parameter_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype}")
+
+
 def check_softmax_scale(softmax_scale: float | None, q: Tensor) -> float:
     if softmax_scale is None:
         return q.shape[-1] ** -0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(
-            f"softmax_scale: expected a float or None, got {type(softmax_scale).__name__}"
-        )
-    return float(softmax_scale)
+    return float(check_number("softmax_scale", softmax_scale))
 
 
 def check_seqlens(
@@ -220,9 +229,10 @@ def check_seqlens(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing}: expected cu_seqlens_q and cu_seqlens_k together, got None")
-    max_seqlen_q = check_cu_seqlens("_q", cu_seqlens_q, max_seqlen_q, q, q.shape[0])
+    max_seqlen_q = check_cu_seqlens("_q", cu_seqlens_q, max_seqlen_q, q, "q", q.shape[0])
+    name_k = "k_cmp" if compressed_stride else "k"
     max_seqlen_k = check_cu_seqlens(
-        "_k", cu_seqlens_k, max_seqlen_k, q, rows_k, compressed_stride=compressed_stride
+        "_k", cu_seqlens_k, max_seqlen_k, q, name_k, rows_k, compressed_stride
     )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -237,10 +247,12 @@ def check_cu_seqlens(
     cu_seqlens: Tensor,
     max_seqlen: int | None,
     like: Tensor,
+    packed_name: str,
     rows: int,
     compressed_stride: int = 0,
 ) -> int:
-    """cu_seqlens<suffix> is (B + 1,) int32 and partitions the packed rows. Returns max_seqlen."""
+    """cu_seqlens<suffix> is (B + 1,) int32 and partitions the rows of the packed tensor
+    ``packed_name``. Returns max_seqlen."""
     name, max_name = f"cu_seqlens{suffix}", f"max_seqlen{suffix}"
     check_tensor(name, cu_seqlens, ("B + 1",), (None,), like=like, dtype=torch.int32)
     if cu_seqlens.shape[0] < 1:
@@ -266,7 +278,9 @@ def check_cu_seqlens(
     total = offsets[-1] // compressed_stride if compressed_stride else offsets[-1]
     if total != rows:
         what = f"total_k // d = {total}" if compressed_stride else f"the last offset, {total},"
-        raise ValueError(f"{name}: expected {what} to be the number of packed rows, got {rows}")
+        raise ValueError(
+            f"{name}: expected {what} to be the number of rows of {packed_name}, got {rows}"
+        )
     longest = max((end - begin for begin, end in pairwise(offsets)), default=0)
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(

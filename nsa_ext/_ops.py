@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 
 
 def _load_library() -> None:
@@ -38,6 +38,23 @@ _load_library()
 
 
 # Fake kernels: shapes, dtypes and strides of the results.
+
+
+def _fake(*names: str) -> Callable[[Callable], Callable]:
+    """Registers a function as the fake kernel of ``nsa_ext::<name>``, for tensors of one device."""
+
+    def register(kernel: Callable) -> Callable:
+        def checked(*args):
+            devices = {str(x.device) for x in args if isinstance(x, Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"nsa_ext::{names[0]}: tensors on several devices: {devices}")
+            return kernel(*args)
+
+        for name in names:
+            torch.library.register_fake(f"nsa_ext::{name}", checked)
+        return kernel
+
+    return register
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -75,57 +92,53 @@ def _new_block_indices(q: Tensor, k: Tensor, config: list[int]) -> Tensor:
     return q.new_empty(*q.shape[:-2], k.shape[-2], num_selected, dtype=torch.int32)
 
 
-@register_fake("nsa_ext::compress_pool_fwd")
+@_fake("compress_pool_fwd")
 def _(x, weight, pos, cu_seqlens, max_seqlen, block_size, block_stride):
     return _compressed(x, x.shape[-1], cu_seqlens is not None, block_size, block_stride)
 
 
-@register_fake("nsa_ext::compress_pool_bwd")
+@_fake("compress_pool_bwd")
 def _(dout, x, weight, pos, cu_seqlens, max_seqlen, block_size, block_stride):
     return _empty_like(x, x), _empty_like(weight, x), _empty_like(pos, x)
 
 
-@register_fake("nsa_ext::compress_mlp_fwd")
+@_fake("compress_mlp_fwd")
 def _(x, pos, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size, block_stride):
     dim_out = w1.shape[1] if w2 is None else w2.shape[1]
     return _compressed(x, dim_out, cu_seqlens is not None, block_size, block_stride)
 
 
-@register_fake("nsa_ext::compress_mlp_bwd")
+@_fake("compress_mlp_bwd")
 def _(dout, x, pos, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size, block_stride):
     return tuple(_empty_like(p, x) for p in (x, pos, w1, b1, w2, b2))
 
 
-@register_fake("nsa_ext::compressed_attn_fwd")
+@_fake("compressed_attn_fwd")
 def _(q, k_cmp, v_cmp, cu_q, cu_k, max_q, max_k, config, softmax_scale, deterministic):
     return _new_out(q, v_cmp), _new_lse(q), _new_block_indices(q, k_cmp, config)
 
 
-@register_fake("nsa_ext::select_blocks")
+@_fake("select_blocks")
 def _(q, k_cmp, cu_q, cu_k, max_q, max_k, config, softmax_scale):
     return _new_block_indices(q, k_cmp, config)
 
 
-@register_fake("nsa_ext::selected_attn_fwd")
+@_fake("selected_attn_fwd")
 def _(q, k, v, block_indices, cu_q, cu_k, max_q, max_k, select_size, softmax_scale, deterministic):
     return _new_out(q, v), _new_lse(q)
 
 
-@register_fake("nsa_ext::window_attn_fwd")
+@_fake("window_attn_fwd")
 def _(q, k, v, cu_q, cu_k, max_q, max_k, window, softmax_scale, deterministic):
     return _new_out(q, v), _new_lse(q)
 
 
-def _fake_branch_bwd(dout, q, k, v, *rest):
+@_fake("compressed_attn_bwd", "selected_attn_bwd", "window_attn_bwd")
+def _(dout, q, k, v, *rest):
     return tuple(_empty_like(x, x) for x in (q, k, v))
 
 
-register_fake("nsa_ext::compressed_attn_bwd", _fake_branch_bwd)
-register_fake("nsa_ext::selected_attn_bwd", _fake_branch_bwd)
-register_fake("nsa_ext::window_attn_bwd", _fake_branch_bwd)
-
-
-@register_fake("nsa_ext::sparse_attn_fwd")
+@_fake("sparse_attn_fwd")
 def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_q, cu_k, max_q, max_k, config,
       softmax_scale, save_branches, deterministic):  # fmt: skip
     branches = 3 if save_branches else 0
@@ -137,7 +150,7 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_q, cu_k, max_q, max
     )
 
 
-@register_fake("nsa_ext::sparse_attn_bwd")
+@_fake("sparse_attn_bwd")
 def _(dout, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *rest):
     inputs = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     return tuple(_empty_like(x, q) for x in inputs)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_at_least, check_config, check_cu_seqlens
+from ._checks import (
+    check_at_least,
+    check_config,
+    check_cu_seqlens,
+    check_number,
+    check_parameter_dtype,
+)
 from ._rope import packed_positions, rotary_table, rotate
 from .compressor import KVCompressor
 from .config import DEFAULT_CONFIG, NSAConfig
@@ -49,13 +55,14 @@ class NSAAttention(nn.Module):
         compress_per_head: bool = False,
         compress_hidden: int | None = None,
         separate_kv: bool = True,
-        rope_theta: float | None = 10000.0,
+        rope_theta: float | None = 10000,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_config(config)
+        check_parameter_dtype(dtype)
         check_at_least("dim", dim, 1)
         check_at_least("num_heads", num_heads, 1)
         check_at_least("num_kv_heads", num_kv_heads, 1)
@@ -76,7 +83,7 @@ class NSAAttention(nn.Module):
         if rope_theta is not None:
             if head_dim % 2:
                 raise ValueError(f"head_dim: expected an even number with RoPE, got {head_dim}")
-            if not rope_theta > 0:
+            if check_number("rope_theta", rope_theta) <= 0:
                 raise ValueError(f"rope_theta: expected a positive number, got {rope_theta}")
         self.dim = dim
         self.num_heads = num_heads
@@ -119,7 +126,7 @@ class NSAAttention(nn.Module):
         """
         self._check_x(x, cu_seqlens)
         if cu_seqlens is not None:
-            max_seqlen = check_cu_seqlens("", cu_seqlens, max_seqlen, x, x.shape[0])
+            max_seqlen = check_cu_seqlens("", cu_seqlens, max_seqlen, x, "x", x.shape[0])
         num_kv = 3 if self.separate_kv else 1
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (num_kv, self.num_kv_heads, self.head_dim)).unbind(-3)

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _ops  # noqa: F401  (registers the operators)
-from ._checks import check_at_least, check_compress_input, check_config, check_cu_seqlens
+from ._checks import (
+    check_at_least,
+    check_compress_input,
+    check_config,
+    check_cu_seqlens,
+    check_parameter_dtype,
+)
 from .config import DEFAULT_CONFIG, NSAConfig
 
 KINDS = ("mlp", "linear", "weighted", "mean")
@@ -147,6 +153,7 @@ class KVCompressor(nn.Module):
     ) -> None:
         super().__init__()
         check_config(config)
+        check_parameter_dtype(dtype)
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
@@ -204,9 +211,14 @@ class KVCompressor(nn.Module):
             start at row r // d, and rows without a token are zero.
         """
         packed = cu_seqlens_k is not None
-        check_compress_input(k, v, packed, self.num_kv_heads, self.head_dim, self.head_dim_v)
+        check_compress_input(k, v, packed, self.head_dim, self.head_dim_v)
+        if self.num_kv_heads not in (None, k.shape[-2]):
+            raise ValueError(
+                f"k: expected num_kv_heads={self.num_kv_heads} heads as the compressor has, "
+                f"got {k.shape[-2]}"
+            )
         if packed:
-            max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, k.shape[0])
+            max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, "k", k.shape[0])
         else:
             max_seqlen_k = k.shape[1]
         return (

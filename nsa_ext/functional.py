@@ -128,10 +128,8 @@ def sparse_attn(
         compressed = compress
     k_tokens, v_tokens = _check_pair(compressed)
     num_tokens = rows_k // config.block_stride if packed else config.num_compressed(rows_k)
-    check_kv(
-        ("compress[0]", "compress[1]"), k_tokens, v_tokens, q, packed, num_tokens, num_kv_heads,
-        dim_v, compressed=True,
-    )  # fmt: skip
+    names = ("compress: k_cmp", "compress: v_cmp")
+    check_kv(names, k_tokens, v_tokens, q, packed, num_tokens, num_kv_heads, dim_v, compressed=True)
 
     inputs = (q, k_tokens, v_tokens, k, v, k_win, v_win, gates)
     out, _, _, block_indices = torch.ops.nsa_ext.sparse_attn_fwd(
@@ -174,7 +172,7 @@ def compress_kv(
         )
     check_compress_input(k, v, cu_seqlens_k is not None)
     if cu_seqlens_k is not None:
-        max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, k.shape[0])
+        max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, "k", k.shape[0])
     return _check_pair(compress(k, v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k))
 
 
