@@ -85,6 +85,7 @@ class Problem:
     softmax_scale: float | None = None
     strided: bool = False
     cpu_only: bool = False
+    cuda_only: bool = False
 
     def __str__(self):
         return self.name
@@ -138,7 +139,7 @@ class Problem:
     def positions(self):
         """t of every row of q: (rows,)."""
         parts = [torch.arange(sq) + (sk - sq) for sq, sk in self.seqlens]
-        return torch.cat(parts * (1 if self.packed else self.batch))
+        return torch.cat([torch.arange(0), *parts * (1 if self.packed else self.batch)])
 
     def unpacked(self):
         """One dense problem per sequence."""
@@ -332,6 +333,8 @@ def assert_selection(block_indices, q, k_cmp, problem):
         **problem.keywords,
         **problem.cu_seqlens(q.device),
     )
+    if chosen.numel() == 0:
+        return
     importance = importance.cpu().reshape(chosen.shape)
     kept = importance.masked_fill(~chosen | forced, math.inf).amin(-1)
     left_out = importance.masked_fill(chosen | ~candidate, -math.inf).amax(-1)

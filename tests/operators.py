@@ -68,6 +68,13 @@ def fake_selection(problem, device, seed=0):
     blocks = max(problem.config.num_select_blocks(sk) for _, sk in problem.seqlens)
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(*problem.lead("q"), problem.heads_kv, blocks, generator=generator)
+    if blocks <= problem.config.num_selected:
+        # Every candidate: no need to walk the sequences.
+        t = problem.positions().reshape(*problem.lead("q"), 1, 1)
+        j = torch.arange(problem.config.num_selected)
+        chosen = torch.where((j < blocks) & (j * problem.config.select_size <= t), j, -1)
+        shape = (*problem.lead("q"), problem.heads_kv, problem.config.num_selected)
+        return chosen.expand(shape).int().contiguous().to(device)
     return reference.select_blocks(
         importance.to(device),
         config=problem.config,

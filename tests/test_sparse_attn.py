@@ -236,20 +236,24 @@ def test_inputs_are_not_written(operator, device_backend):
 
 @every_operator
 def test_many_sequences(operator, device_backend):
-    """66,000 sequences of one length give the bits of a dense batch."""
-    if device_backend.device == "cpu":
-        dense = Problem(
-            "", seqlens=((1, 2),), batch=66_000, heads_q=1, heads_kv=1, dim_qk=8, dim_v=8,
-            config=NSAConfig(1, 1, 1, 2, 1, 1, 2),
-        )  # fmt: skip
-    else:
-        dense = Problem(
-            "", seqlens=((1, 64),), batch=66_000, heads_q=1, heads_kv=1, dim_qk=64, dim_v=64,
-            config=NSAConfig(32, 32, 64, 2, 1, 1, 2),
-        )  # fmt: skip
+    """A packed batch of sequences of one length gives the bits of a dense batch; on CUDA with more
+    of them than a grid's y and z take."""
+    on_cuda = device_backend.device == "cuda"
+    dense = Problem(
+        "",
+        seqlens=((1, 64),) if on_cuda else ((1, 2),),
+        batch=66_000 if on_cuda else 1_500,
+        heads_q=1,
+        heads_kv=1,
+        dim_qk=64 if on_cuda else 8,
+        dim_v=64 if on_cuda else 8,
+        # One compressed token per stride of keys, so that its rows have the same layout packed.
+        config=NSAConfig(32, 32, 64, 2, 1, 1, 2) if on_cuda else NSAConfig(1, 1, 1, 2, 1, 1, 2),
+    )
     packed = dataclasses.replace(dense, packed=True, batch=1, seqlens=dense.seqlens * dense.batch)
     x = setup(dense, device_backend)
     flat = {name: tensor.flatten(0, 1) for name, tensor in x.items()}
+    # The indices of SELECTED, which sees two blocks at most, are the same for all sequences.
     with poisoned(device_backend.device):
         out, grads = run_forward_backward(
             lambda inputs: operator.run(dense, inputs, deterministic=True),

@@ -27,7 +27,8 @@ void check(const AttnBwd& params) {
     const BranchBwd& branch = params.branch[i];
     if (!branch.enabled) continue;
     const int64_t keys = i == kCompressed ? num_compressed(shape.seqlen_k, params.config.block_size,
-                                                           params.config.block_stride)
+                                                           params.config.block_stride) *
+                                                shape.batch
                                           : shape.total_k;
     require(!branch.dk.ptr == !branch.dv.ptr || keys == 0, "dk and dv go together");
     const bool shared = i == kWindow && params.branch[kSelected].enabled;
