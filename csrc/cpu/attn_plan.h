@@ -65,7 +65,8 @@ struct PackItem {
   int64_t sequence, head, begin, end;  // blocks
 };
 
-/// A tile of queries of one kv head: one work item of a query-stationary pass.
+/// Queries [first, first + count) of one kv head, with all its query heads: a tile, or a chunk of
+/// tiles.
 struct QueryItem {
   int64_t sequence, head, first, count;
 };
