@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 BITS = 1 / math.log(2)
 VALIDATION_COUNT = 32
-PROMPT_BYTES, SAMPLE_BYTES, TEMPERATURE = 256, 200, 0.7
+PROMPT_BYTES, SAMPLE_BYTES, TEMPERATURE = 256, 200, 0.8
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,13 +41,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--out", type=Path, default=Path("runs/lm"), help="default: %(default)s")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--steps", type=int, default=240, help="optimizer steps; default: %(default)s")
+    add("--steps", type=int, default=480, help="optimizer steps; default: %(default)s")
     add("--seq-len", type=int, default=512, help="bytes per window; default: %(default)s")
-    add("--batch-size", type=int, default=8, help="windows per step; default: %(default)s")
+    add("--batch-size", type=int, default=4, help="windows per step; default: %(default)s")
     add("--lr", type=float, default=3e-3, help="peak learning rate; default: %(default)s")
     add("--seed", type=int, default=0, help="of weights, batches and sample; default: %(default)s")
     add(
-        "--eval-every", type=int, default=20, help="steps between evaluations; default: %(default)s"
+        "--eval-every", type=int, default=40, help="steps between evaluations; default: %(default)s"
     )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
     add(
@@ -190,8 +190,11 @@ class Trainer:
                 )
 
     def sample(self) -> tuple[str, str]:
-        prompt = bytes(self.corpus.validation[:PROMPT_BYTES].tolist())
-        prompt = prompt[-self.args.seq_len :]
+        """Whole lines from the middle of the held-out text, and how the model goes on."""
+        held_out = self.corpus.validation
+        middle = held_out[len(held_out) // 2 :][: min(PROMPT_BYTES, self.args.seq_len)]
+        lines = bytes(middle.tolist()).split(b"\n")
+        prompt = b"\n".join([*lines[1:-1], b""]) if len(lines) > 2 else bytes(middle.tolist())
         with self.autocast():
             text = sample(
                 self.model, prompt, SAMPLE_BYTES, self.args.seq_len, TEMPERATURE, self.args.seed
