@@ -107,7 +107,7 @@ class Trainer:
         """Goes on from the checkpoint: the curve is that of an uninterrupted run."""
         if not self.checkpoint_path.exists():
             raise SystemExit(f"--resume: there is no checkpoint {self.checkpoint_path}")
-        state = torch.load(self.checkpoint_path, map_location=self.device, weights_only=True)
+        state = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
         for key, ours in self.header["model"].items():
             if state["config"][key] != ours:
                 raise SystemExit(
