@@ -1,7 +1,8 @@
-"""Builds nsa_ext/_C.abi3.so with torch.utils.cpp_extension. Everything declarative is in pyproject.toml.
+"""Builds nsa_ext/_C.abi3.so with torch.utils.cpp_extension. The metadata is in pyproject.toml.
 
 NSA_EXT_CUDA=auto|0|1      CUDA kernels: where nvcc is found (auto), never, or required
 TORCH_CUDA_ARCH_LIST       e.g. "8.0;9.0": their targets; 9.0 means 9.0a; default "8.0+PTX;9.0a"
+NSA_EXT_SM90=0|1           the Hopper forward, which is under development; default 0
 CUDA_HOME                  the toolkit; default: asked of the nvcc on PATH
 MAX_JOBS                   parallel compilations
 """
@@ -13,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import setup
 from torch.utils import cpp_extension
 
@@ -23,7 +23,7 @@ VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text()
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit, or None. nvcc may be a wrapper script: its dry run tells where the real one lies."""
+    """The CUDA toolkit, or None. nvcc may be a wrapper: its dry run tells where the real one is."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return Path(home)
     nvcc = shutil.which("nvcc")
@@ -78,20 +78,20 @@ def extension():
         print("nsa_ext: CPU kernels only" + (" (no nvcc found)" if mode == "auto" else ""))
     else:
         print(f"nsa_ext: CUDA kernels with {home / 'bin' / 'nvcc'}")
-        cpp_extension.CUDA_HOME = str(
-            home
-        )  # None on a CPU-only torch, a wrapper's folder elsewhere
+        # Left to itself it is None on a CPU-only torch, and a wrapper's folder elsewhere.
+        cpp_extension.CUDA_HOME = str(home)
         common.append("-DNSA_EXT_WITH_CUDA")
         cxx += ["-DNSA_EXT_WITH_CUDA", f'-DNSA_EXT_CUDA_ARCHS="{archs()}"']
-        sources += ROOT.glob("csrc/cuda/**/*.cu")
-        # The runtime is linked statically, its symbols hidden: one binary imports with and without a CUDA torch.
+        hopper = os.environ.get("NSA_EXT_SM90") == "1"
+        if hopper:
+            common.append("-DNSA_EXT_WITH_SM90")
+        sources += [f for f in ROOT.glob("csrc/cuda/**/*.cu") if hopper or "sm90" not in str(f)]
+        # Static runtime, symbols hidden: one binary imports with and without a CUDA torch.
         kwargs = {
             "library_dirs": [str(home / "lib64")],
             "libraries": ["cudart_static", "rt", "pthread", "dl"],
             "extra_link_args": ["-Wl,--exclude-libs,ALL"],
         }
-        if "9.0" in archs():
-            common.append("-DNSA_EXT_WITH_SM90A")
     nvcc = [
         *common,
         *gencode_flags(),

@@ -10,9 +10,6 @@ namespace nsa::cuda::sm90 {
 
 std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int minor) {
   std::vector<std::string> reasons;
-#ifndef NSA_EXT_WITH_SM90A
-  reasons.push_back("this build has no kernels for sm_90a");
-#endif
   if (major != 9 || minor != 0) reasons.push_back("the Hopper kernels need compute capability 9.0");
   const int64_t group = call.shape.heads_q / call.shape.heads_kv;
   if (call.branch[kSelected].enabled && call.config.select_size != 64)

@@ -31,14 +31,20 @@ struct FwdShape {
   static constexpr int kTileKeys = kWalk == Walk::kList ? 64 : 128;
   static constexpr int kRows = kConsumers * 64;
   static constexpr int kThreads = (kConsumers + 1) * 128;
+  // What setmaxnreg hands out is what the launch took: 168 x 384 and 128 x 512 registers.
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : 240;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 32;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 24;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (kConsumers + 1) * (kConsumers == 3 ? 128 : 168));
 
   static constexpr int kPanelBytes = kTileKeys * 128;  // 64 columns of a K or V tile
   static constexpr int kQueryBytes = 64 * kDimQk * 2;  // of one warpgroup
   static constexpr int kTileBytes = (kDimQk > kDimV ? kDimQk : kDimV) / 64 * kPanelBytes;
-  // The ring of K and V tiles takes what 227 KB leave beside Q and 24 KB for lists and barriers.
-  static constexpr int kStages = ((227 - 24) * 1024 - kConsumers * kQueryBytes) / kTileBytes;
+  // The ring of K and V tiles takes what 227 KB leave beside Q, barriers, and the lists or the
+  // selection's state.
+  static constexpr int kExtraBytes = 26 * 1024;
+  static constexpr int kStages =
+      (227 * 1024 - 2048 - kExtraBytes - kConsumers * kQueryBytes) / kTileBytes;
   static_assert(kStages >= 3);
 };
 

@@ -73,11 +73,13 @@ struct FwdKernel {
     uint64_t list_full[2], list_empty[2];
     alignas(16) char extra[1];  // lists (kList) or the selection's state (kRank)
   };
+  /// Shared memory of the lists or of the selection's state.
+  static int64_t extra_bytes(const sm80::FwdParams& p) {
+    if (kWalk == Walk::kList) return BlockList::kBuffers * BlockList::buffer_bytes(p.sort_size);
+    return kWalk == Walk::kRank ? Selection::smem_bytes(p) : 0;
+  }
   static int64_t smem_bytes(const sm80::FwdParams& p) {
-    int64_t extra = 0;
-    if (kWalk == Walk::kList) extra = BlockList::kBuffers * BlockList::buffer_bytes(p.sort_size);
-    if (kWalk == Walk::kRank) extra = Selection::smem_bytes(p);
-    return 1024 + static_cast<int64_t>(sizeof(Smem)) + extra;
+    return 1024 + static_cast<int64_t>(sizeof(Smem)) + extra_bytes(p);
   }
 
   const FwdArgs& args;

@@ -21,10 +21,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 template <class Shape>
 void launch_shape(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream) {
+  // Fewer tokens than the tile has room for where their lists, a 32-bit mask a block, or their
+  // ranking would not fit.
   p.tile_tokens = Shape::kRows >> p.log2_group;
-  if (Shape::kWalk == Walk::kList) p.tile_tokens = std::min(p.tile_tokens, 32);  // bits of a mask
-  p.sort_size = 1;
-  while (p.sort_size < p.tile_tokens * p.index_count) p.sort_size *= 2;
+  if (Shape::kWalk == Walk::kList) p.tile_tokens = std::min(p.tile_tokens, 32);
+  for (;; p.tile_tokens /= 2) {
+    p.sort_size = 1;
+    while (p.sort_size < p.tile_tokens * p.index_count) p.sort_size *= 2;
+    if (FwdKernel<Shape>::extra_bytes(p) <= Shape::kExtraBytes || p.tile_tokens == 1) break;
+  }
   p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);
 
   FwdArgs args{};
