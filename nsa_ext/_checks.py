@@ -6,6 +6,7 @@ They read no values from a GPU. cu_seqlens on the CPU are read, except while com
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._layout import rows_aligned
 from .config import NSAConfig
+from .info import supports
 
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -78,6 +81,37 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected one of {expected} on {device}, got {x.dtype}")
 
 
+def check_aligned(name: str, x: Tensor) -> None:
+    if not rows_aligned(x):
+        raise ValueError(
+            f"{name}: expected rows that start at multiples of 16 bytes on CUDA, "
+            f"got strides {x.stride()} and storage offset {x.storage_offset()}"
+        )
+
+
+def check_supported(q: Tensor, num_kv_heads: int, dim_v: int, config: NSAConfig) -> None:
+    """The kernels of q's GPU take these sizes. A compiled call learns that when it runs."""
+    if q.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return
+    sizes = (q.shape[-2], num_kv_heads, q.shape[-1], dim_v)
+    if reasons := _unsupported(q.device, q.dtype, *sizes, config):
+        raise ValueError(f"q: expected a call that the CUDA kernels take, got one where {reasons}")
+
+
+@functools.lru_cache
+def _unsupported(device, dtype, num_heads, num_kv_heads, head_dim, head_dim_v, config) -> str:
+    reasons = supports(
+        device=device,
+        dtype=dtype,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        config=config,
+    )
+    return "; ".join(reasons)
+
+
 def _rows(packed: bool, letter: str) -> tuple[str, ...]:
     return (f"total_{letter}",) if packed else ("B", f"S{letter}")
 
@@ -87,6 +121,7 @@ def check_q(q: Tensor, packed: bool) -> None:
     dims = (*_rows(packed, "q"), "Hq", "Dk")
     check_tensor("q", q, dims, (None,) * len(dims))
     check_floating("q", q)
+    check_aligned("q", q)
     if q.shape[-1] < 1 or q.shape[-2] < 1:
         raise ValueError(f"q: expected at least one head and one dim, got {tuple(q.shape)}")
 
@@ -111,6 +146,7 @@ def check_k(
     dims = (*_key_rows(packed, compressed), "Hkv", "Dk")
     batch = () if packed else (q.shape[0],)
     check_tensor(name, k, dims, (*batch, rows, heads, q.shape[-1]), like=q)
+    check_aligned(name, k)
     num_heads = k.shape[-2]
     if num_heads < 1 or q.shape[-2] % num_heads:
         raise ValueError(
@@ -134,6 +170,7 @@ def check_kv(
     check_k(names[0], k, q, packed, rows, heads, compressed)
     fits_to = names[0] if dim_v is None else f"{names[0]} and v"
     check_v(names[1], v, k, (*_key_rows(packed, compressed), "Hkv", "Dv"), dim_v, fits_to)
+    check_aligned(names[1], v)
 
 
 def check_v(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd
 
+from ._layout import rows_aligned
+
 
 def _load_library() -> None:
     # NSA_EXT_LIBRARY is a developer's switch: a library that lies elsewhere.
@@ -190,7 +192,7 @@ def _differentiate(
         without_grad = (tensors - differentiable + len(ctx.numbers)) * (None,)
         if dout is None:
             return (*(differentiable * (None,)), *without_grad)
-        if dout.shape[-1] != 1 and dout.stride(-1) != 1:
+        if (dout.shape[-1] != 1 and dout.stride(-1) != 1) or not rows_aligned(dout):
             dout = dout.contiguous()
         stored = ctx.saved_tensors  # read once: activation checkpointing recomputes at each read
         inputs, results = stored[:tensors], stored[tensors:]

@@ -8,8 +8,9 @@ Common to all functions:
 
 - Tensors are (B, S, H, D), or packed (total, H, D) with ``cu_seqlens_q`` and ``cu_seqlens_k``:
   int32 row offsets (B + 1,) that start at 0 and end at the number of rows. The last dim must be
-  contiguous, other strides are free. All tensors share q's device and dtype: float64, float32,
-  bfloat16 or float16 on the CPU, bfloat16 or float16 on CUDA.
+  contiguous, other strides are free; on CUDA the rows of q, K and V start at multiples of 16 bytes.
+  All tensors share q's device and dtype: float64, float32, bfloat16 or float16 on the CPU, bfloat16
+  or float16 on CUDA.
 - ``max_seqlen_q`` and ``max_seqlen_k``, upper bounds of the packed sequences' lengths, are required
   where cu_seqlens are on a GPU; elsewhere they default to what cu_seqlens say.
 - Compressed tokens of a packed sequence that starts at key row r start at row r // d of
@@ -41,6 +42,7 @@ from ._checks import (
     check_q,
     check_seqlens,
     check_softmax_scale,
+    check_supported,
 )
 from .config import DEFAULT_CONFIG, NSAConfig
 
@@ -104,6 +106,7 @@ def sparse_attn(
     check_q(q, packed)
     check_kv(("k", "v"), k, v, q, packed)
     rows_k, num_kv_heads, dim_v = k.shape[-3], k.shape[-2], v.shape[-1]
+    check_supported(q, num_kv_heads, dim_v, config)
     check_gates(gates, q, packed)
     seqlens = check_seqlens(q, rows_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if k_win is not None or v_win is not None:
@@ -215,6 +218,7 @@ def compressed_attn(
     seqlen_k = _check_seqlen_k(seqlen_k, q, packed)
     num_tokens = None if packed else config.num_compressed(seqlen_k)
     check_kv(("k_cmp", "v_cmp"), k_cmp, v_cmp, q, packed, num_tokens, compressed=True)
+    check_supported(q, k_cmp.shape[-2], v_cmp.shape[-1], config)
     rows_k = k_cmp.shape[0] if packed else seqlen_k
     seqlens = check_seqlens(
         q, rows_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, config.block_stride
@@ -320,6 +324,7 @@ def selected_attn(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_q(q, packed)
     check_kv(("k", "v"), k, v, q, packed)
+    check_supported(q, k.shape[-2], v.shape[-1], config)
     check_block_indices(block_indices, q, k, packed)
     seqlens = check_seqlens(q, k.shape[-3], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, _ = torch.ops.nsa_ext.selected_attn_fwd(
@@ -369,6 +374,7 @@ def window_attn(
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_q(q, packed)
     check_kv(("k", "v"), k, v, q, packed)
+    check_supported(q, k.shape[-2], v.shape[-1], config)
     seqlens = check_seqlens(q, k.shape[-3], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, _ = torch.ops.nsa_ext.window_attn_fwd(
         q,

@@ -14,9 +14,10 @@ def build_info() -> dict[str, str | None]:
     """What this build of nsa_ext contains.
 
     Returns:
-        ``version``; ``cpu_isa``, the instruction set that the CPU kernels run on here ("avx512", "avx2" or
-        "baseline"); ``cuda_archs``, the targets that the CUDA kernels were compiled for, None for a build without
-        CUDA; ``cuda_backend``, what :func:`cuda_backend` set ("auto", "sm80" or "sm90").
+        ``version``; ``cpu_isa``, the instruction set that the CPU kernels run on here ("avx512",
+        "avx2" or "baseline"); ``cuda_archs``, the targets that the CUDA kernels were compiled for,
+        None for a build without CUDA; ``cuda_backend``, what :func:`cuda_backend` set ("auto",
+        "sm80" or "sm90").
     """
     return json.loads(torch.ops.nsa_ext.build_info())
 
@@ -31,7 +32,7 @@ def supports(
     head_dim_v: int | None = None,
     config: NSAConfig | None = None,
 ) -> list[str]:
-    """Why an attention call of these sizes would be refused: all reasons at once, none where it would run.
+    """Why an attention call of these sizes would be refused: all reasons, none where it would run.
 
     Args:
         device: "cpu" or a CUDA device; "cuda" is the current one.
@@ -65,9 +66,10 @@ def cuda_backend(name: str) -> Iterator[None]:
     """Forces the CUDA kernels of calls inside the ``with`` block, for the whole process.
 
     Args:
-        name: "sm80" (portable, any GPU from compute capability 8.0 on), "sm90" (Hopper) or "auto" (the best one for
-            the device). A call that the forced backend does not support raises; it never falls back. The environment
-            variable ``NSA_EXT_CUDA_BACKEND`` sets the default.
+        name: "sm80" (portable, any GPU from compute capability 8.0 on), "sm90" (Hopper, under
+            development and not in every build) or "auto" (what is checked on this device, at
+            present "sm80"). A call that the forced backend does not support raises; it never falls
+            back. The environment variable ``NSA_EXT_CUDA_BACKEND`` sets the default.
     """
     previous = torch.ops.nsa_ext.set_cuda_backend(name)
     try:
