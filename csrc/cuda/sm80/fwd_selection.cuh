@@ -8,6 +8,7 @@
 // within the warp that holds the token's rows (two warps for padded groups of 64).
 #pragma once
 
+#include "cuda/device/ptx.cuh"
 #include "cuda/device/topk.cuh"
 #include "cuda/sm80/fwd_job.cuh"
 #include "cuda/sm80/fwd_source.cuh"
