@@ -7,8 +7,6 @@
 // both P V and the importance.
 #pragma once
 
-#include <utility>
-
 #include "cuda/device/ring.cuh"
 #include "cuda/device/softmax.cuh"
 #include "cuda/sm80/fwd_gates.cuh"

@@ -12,8 +12,7 @@ struct FwdParams {
   InView q, k, v;
   OutView out, lse;  // of the branch, or null
   bool has_output;   // else only lse or block_indices are wanted
-  // The last branch of a call forms the gated sum (eq. 5) from its own output and the earlier
-  // ones'.
+  // The last branch of a call forms the gated sum (eq. 5) from all outputs.
   InView gates;       // (B, Sq, Hq, 3), or null
   OutView gated_out;  // may be where an earlier output lies
   InView earlier[2];  // outputs of earlier branches; null: none
