@@ -7,7 +7,7 @@ hypothesis.settings.register_profile(
     "nsa_ext",
     derandomize=True,
     deadline=None,
-    max_examples=30,
+    max_examples=100,
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )

@@ -96,7 +96,13 @@ def test_sparse_attn_with_compressor(kind, own, packed):
     names = ["q", "k", "v", "gates", *(("k_win", "v_win", *raw) if own else ())]
     leaves = differentiable({name: {**x, **raw}[name] for name in names})
     compressor = KVCompressor(
-        3, 2, kind=kind, config=problem.config, hidden=2, num_kv_heads=2, dtype=torch.float64
+        3,
+        2,
+        kind=kind,
+        config=problem.config,
+        num_kv_heads=2,
+        dtype=torch.float64,
+        hidden=2 if kind == "mlp" else None,
     )
     weights = dict(compressor.named_parameters())
     with torch.no_grad():
