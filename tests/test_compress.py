@@ -218,10 +218,11 @@ def test_rounding_happens_once(kind):
         assert (out == torch.tensor((256 + 31) / 32).bfloat16()).all()
     else:
         inputs["x"] = x
-        inputs["w1"] = torch.full_like(inputs["w1"], 2.0**-11)
+        inputs["w1"] = torch.full_like(inputs["w1"], 2.0**-8)
         if kind == "mlp":
-            inputs["w2"] = torch.ones_like(inputs["w2"])
-            hidden = torch.nn.functional.gelu(torch.tensor(1.0)).bfloat16()
-            assert (phi.kernel(inputs) == (hidden.float() * phi.hidden).bfloat16()).all()
+            # The hidden units are gelu(8) = 8, so the terms of the output are 256 and 47 times 1.
+            inputs["w2"] = torch.full_like(inputs["w2"], 1 / 8)
+            inputs["w2"][..., 0] = 32
+            assert (phi.kernel(inputs) == torch.tensor(256.0 + 47).bfloat16()).all()
         else:
-            assert (phi.kernel(inputs) == 1).all()
+            assert (phi.kernel(inputs) == 8).all()

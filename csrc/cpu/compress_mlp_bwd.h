@@ -126,22 +126,28 @@ class MlpBwd {
       for (int64_t n = 0; n < pitch; ++n) sums[n] += rows[i * pitch + n];
   }
 
-  /// db1 and db2 in the compute type, from the tiles' partial sums.
+  /// db1 and db2 in the compute type, from the tiles' partial sums. There may be very many of those
+  /// (one for each short sequence): they are added in double.
   void reduce_biases() {
     bias_grads_ = Buffer(shape_.weight_heads * sum_pitch_ * sizeof(T));
-    for_each_item(executor_, shape_.weight_heads, 0, [&](int64_t hw, char*) {
-      T* total = bias_grads_.as<T>() + hw * sum_pitch_;
-      std::fill(total, total + sum_pitch_, T(0));
-      const int64_t used = p_.w2 ? sum_pitch_ : e_.hidden_pitch;
-      for (int64_t item = 0; item < tiles_ * shape_.heads; ++item) {
-        if (weight_head(item % shape_.heads) != hw) continue;
-        const T* sums = sums_.as<T>() + item * sum_pitch_;
-        for (int64_t n = 0; n < used; ++n) total[n] += sums[n];
-      }
-      if (p_.db1) store_row(shape_.dtype, p_.db1, hw * e_.hidden, e_.hidden, T(1), total);
-      if (p_.db2)
-        store_row(shape_.dtype, p_.db2, hw * e_.dim_out, e_.dim_out, T(1), total + e_.hidden_pitch);
-    });
+    for_each_item(executor_, shape_.weight_heads, sum_pitch_ * sizeof(double),
+                  [&](int64_t hw, char* scratch) {
+                    double* wide = reinterpret_cast<double*>(scratch);
+                    std::fill(wide, wide + sum_pitch_, 0.0);
+                    const int64_t used = p_.w2 ? sum_pitch_ : e_.hidden_pitch;
+                    for (int64_t item = 0; item < tiles_ * shape_.heads; ++item) {
+                      if (weight_head(item % shape_.heads) != hw) continue;
+                      const T* sums = sums_.as<T>() + item * sum_pitch_;
+                      for (int64_t n = 0; n < used; ++n) wide[n] += sums[n];
+                    }
+                    T* total = bias_grads_.as<T>() + hw * sum_pitch_;
+                    for (int64_t n = 0; n < sum_pitch_; ++n) total[n] = static_cast<T>(wide[n]);
+                    if (p_.db1)
+                      store_row(shape_.dtype, p_.db1, hw * e_.hidden, e_.hidden, T(1), total);
+                    if (p_.db2)
+                      store_row(shape_.dtype, p_.db2, hw * e_.dim_out, e_.dim_out, T(1),
+                                total + e_.hidden_pitch);
+                  });
   }
 
   const T* db1(int64_t hw) const { return bias_grads_.as<T>() + hw * sum_pitch_; }
