@@ -12,9 +12,14 @@ Writes into --out, for the attention kind KIND (nsa or full):
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import fields
 from pathlib import Path
+
+# Read when torch loads OpenMP. Threads that spin while they wait made a step 2 to 10 times slower
+# on two cores that another process used too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from lm.data import Corpus, DataError, load_corpus, training_batch, unigram_entropy
