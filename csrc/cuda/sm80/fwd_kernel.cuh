@@ -180,13 +180,12 @@ class FwdBlock {
         }
 #pragma unroll
         for (int m = 0; m < kGroups; ++m) pack_probabilities<T>(packed[m], s[m]);
+        if constexpr (Traits::kSelect) selection.advance(tile, lane);
       } else {
         ring_k.release(lane);
         if (refill && tile > 0) fill_v(tile - 1 + p.stages_v);
       }
       if (refill) fill_k((Traits::kSelect ? tiles : 0) + tile + p.stages_k);
-      // Its length differs among the warps: nothing that another warp waits for comes after it.
-      if (Traits::kSelect && view.active) selection.advance(tile, lane);
       if (p.has_output) {
         const uint32_t values = ring_v.wait();
         if (view.active) accumulate<T, kDv, kGroups>(o, packed, values, reader_v, groups);
