@@ -6,7 +6,6 @@ from helpers import (
     CUDA_BACKENDS,
     SMALL,
     Problem,
-    assert_close_to_reference,
     assert_same_bits,
     backend_params,
     make_inputs,
@@ -69,11 +68,11 @@ def test_tensors_of_more_than_2_31_elements(backend):
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
     config = NSAConfig(window=64)
-    tail = Problem("", seqlens=((64, 128),), heads_q=heads, heads_kv=1, config=config)
+    tail = Problem("", seqlens=((64, 128),), heads_q=heads, heads_kv=4, config=config)
     x = make_inputs(tail, backend)
     q = torch.zeros(1, seqlen, heads, 64, dtype=backend.dtype, device="cuda")
     assert q.numel() > 2**31
-    k, v = (torch.zeros(1, seqlen, 1, 64, dtype=backend.dtype, device="cuda") for _ in range(2))
+    k, v = (torch.zeros(1, seqlen, 4, 64, dtype=backend.dtype, device="cuda") for _ in range(2))
     q[:, -64:], k[:, -128:], v[:, -128:] = x["q"], x["k"], x["v"]
     q.requires_grad_()
     out = nsa_ext.window_attn(q, k, v, config=config)
@@ -195,29 +194,8 @@ def test_no_host_synchronisation(operator, backend):
         torch.cuda.set_sync_debug_mode(mode)
 
 
-@every_operator
-def test_backends_agree(operator, device_backend):
-    """The portable kernels and the best ones of this device, by the correctness rule."""
-    if device_backend.device == "cpu":
-        pytest.skip("CUDA only")
-    x = make_inputs(PROBLEM, device_backend)
-    results = []
-    for kernels in ("auto", "sm80"):
-        with nsa_ext.cuda_backend(kernels), poisoned(device_backend.device):
-            results.append(
-                run_forward_backward(
-                    lambda y: operator.run(PROBLEM, y), operator.pick(x), x["dout"]
-                )
-            )
-    (out, grads), (other, other_grads) = results
-    assert_close_to_reference(out, other.double(), other, name="out")
-    for name in operator.inputs:
-        torch.testing.assert_close(grads[name], other_grads[name], rtol=3e-2, atol=3e-2)
-
-
 def test_the_required_shapes_are_supported():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    BF16.active()
     for dims in [(64, 64), (128, 128), (192, 128)]:
         for group in (1, 2, 4, 6, 8, 12, 16, 32):
             reasons = nsa_ext.supports(
