@@ -177,7 +177,7 @@ class Trainer:
 
     def run(self) -> None:
         args = self.args
-        with tqdm(total=args.steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+        with tqdm(total=args.steps, initial=self.step, unit="step", mininterval=0.5) as bar:
             while self.step < args.steps:
                 started, losses = time.perf_counter(), []
                 until = min(args.steps, (self.step // args.eval_every + 1) * args.eval_every)
