@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "cuda/common.h"
-#include "cuda/instances/bwd_list.h"
+#include "cuda/instances/attn_instances.h"
 #include "cuda/sm80/bwd_kernels.h"
 #include "nsa/api.h"
 #include "nsa/geometry.h"
@@ -137,10 +137,10 @@ struct Kernels {
 /// The instance for the call's head dims; a null one where there is none.
 template <class T>
 Kernels find_kernels(const AttnShape& s) {
-#define NSA_BWD_FIND(DIM_QK, DIM_V)           \
-  if (s.dim_qk == DIM_QK && s.dim_v == DIM_V) \
-    return {launch_bwd_dq<T, DIM_QK, DIM_V>, launch_bwd_dkv<T, DIM_QK, DIM_V>};
-  NSA_BWD_FOR_EACH_DIMS(NSA_BWD_FIND)
+#define NSA_BWD_FIND(kType, kDk, kDv)                                \
+  if (std::is_same_v<T, kType> && s.dim_qk == kDk && s.dim_v == kDv) \
+    return {launch_bwd_dq<T, kDk, kDv>, launch_bwd_dkv<T, kDk, kDv>};
+  NSA_ATTN_INSTANCES(NSA_BWD_FIND)
 #undef NSA_BWD_FIND
   return {};
 }
