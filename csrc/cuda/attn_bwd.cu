@@ -1,5 +1,6 @@
 // Host side of the attention backward: which kernels run, in which order, on which workspace.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/common.h"
 #include "cuda/instances/attn_instances.h"

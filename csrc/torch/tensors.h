@@ -36,28 +36,23 @@ void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& s
            ScalarType dtype, const Tensor& like);
 void check_contiguous(const Tensor& tensor, const char* name);
 
-/// Strides of (batch, seq, heads[, dim]); packed tensors (seq, heads, dim) have no batch.
+/// View of (batch, seq, heads, dim); packed tensors (seq, heads, dim) have no batch. The axes of seq
+/// and heads count from behind the batch.
 template <class T = const void>
-View<T> view(const Tensor& tensor, bool packed) {
+View<T> view(const Tensor& tensor, bool packed, int seq_axis = 0, int head_axis = 1) {
+  const int first = packed ? 0 : 1;
   View<T> v;
   v.ptr = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-  const int64_t first = packed ? 0 : 1;
   v.batch = packed ? 0 : tensor.stride(0);
-  v.seq = tensor.stride(first);
-  v.head = tensor.stride(first + 1);
+  v.seq = tensor.stride(first + seq_axis);
+  v.head = tensor.stride(first + head_axis);
   return v;
 }
 
 /// View of lse (B, Hq, Sq) or packed (Hq, total_q).
 template <class T = const void>
 View<T> lse_view(const Tensor& tensor, bool packed) {
-  View<T> v;
-  v.ptr = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-  const int64_t first = packed ? 0 : 1;
-  v.batch = packed ? 0 : tensor.stride(0);
-  v.head = tensor.stride(first);
-  v.seq = tensor.stride(first + 1);
-  return v;
+  return view<T>(tensor, packed, 1, 0);
 }
 
 inline const void* data_or_null(const OptTensor& tensor) {
