@@ -36,8 +36,8 @@ void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& s
            ScalarType dtype, const Tensor& like);
 void check_contiguous(const Tensor& tensor, const char* name);
 
-/// View of (batch, seq, heads, dim); packed tensors (seq, heads, dim) have no batch. The axes of seq
-/// and heads count from behind the batch.
+/// View of (batch, seq, heads, dim); packed tensors (seq, heads, dim) have no batch. The axes of
+/// seq and heads count from behind the batch.
 template <class T = const void>
 View<T> view(const Tensor& tensor, bool packed, int seq_axis = 0, int head_axis = 1) {
   const int first = packed ? 0 : 1;
