@@ -102,10 +102,20 @@ def environment(device: str = "cpu") -> dict:
         properties = torch.cuda.get_device_properties(torch.device(device))
         row |= {
             "gpu": properties.name,
+            "driver": _driver(),
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
         }
     return row
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.splitlines()[0].strip()
 
 
 def _relative_arguments() -> list[str]:
