@@ -140,19 +140,8 @@ struct Partials {
 
 void attn_bwd(const AttnBwd& params, const Executor& executor) {
   BwdPlan plan{};
-  plan.shape = params.shape;
-  plan.config = params.config;
-  plan.q = params.q;
-  plan.gates = params.gates;
-  for (int branch = 0; branch < kNumBranches; ++branch) {
-    plan.enabled[branch] = params.branch[branch].enabled;
-    plan.k[branch] = params.branch[branch].k;
-    plan.v[branch] = params.branch[branch].v;
-  }
+  take_call(plan, params);
   plan.parts = kKeysT | kValuesT | kKeys;
-  plan.block_indices = params.block_indices;
-  plan.index_count = params.index_count;
-  plan.params = &params;
   plan.rows = params.shape.total_q;
   plan.window_shares_grads = shares_grads(params);
   AttnSetup setup(plan, executor, AttnSetup::Items::kChunks);

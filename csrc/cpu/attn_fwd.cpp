@@ -30,20 +30,8 @@ void check(const AttnFwd& params, const AttnPlan& plan) {
 
 void attn_fwd(const AttnFwd& params, const Executor& executor) {
   FwdPlan plan{};
-  plan.shape = params.shape;
-  plan.config = params.config;
-  plan.q = params.q;
-  plan.gates = params.gates;
-  for (int branch = 0; branch < kNumBranches; ++branch) {
-    plan.enabled[branch] = params.branch[branch].enabled;
-    plan.k[branch] = params.branch[branch].k;
-    plan.v[branch] = params.branch[branch].v;
-  }
+  take_call(plan, params);
   plan.parts = kKeysT | kValues;
-  plan.block_indices = {params.block_indices.ptr, params.block_indices.batch,
-                        params.block_indices.seq, params.block_indices.head};
-  plan.index_count = params.index_count;
-  plan.params = &params;
   AttnSetup setup(plan, executor, AttnSetup::Items::kTiles);
   check(params, plan);
 

@@ -23,9 +23,8 @@ struct AttnSetup {
   std::vector<Buffer> buffers;
 
   /// Throws std::invalid_argument where the shape, the configuration of the enabled branches or
-  /// cu_seqlens do not hold together. plan.shape, config, enabled, q, k, v, gates, block_indices,
-  /// index_count and parts must be set; fills in the rest. Items are tiles, for the forward, or
-  /// chunks of tiles that depend on the shape alone.
+  /// cu_seqlens do not hold together. take_call() and plan.parts come first; fills in the rest.
+  /// Items are tiles, for the forward, or chunks of tiles that depend on the shape alone.
   enum class Items { kTiles, kChunks };
   AttnSetup(AttnPlan& plan, const Executor& executor, Items kind);
 
@@ -37,6 +36,24 @@ struct AttnSetup {
   void add_chunks(AttnPlan& plan);
   void add_pack(AttnPlan& plan, int branch);
 };
+
+/// What the plans of the forward and the backward take over from their call as it is.
+template <class Plan, class Params>
+void take_call(Plan& plan, const Params& params) {
+  plan.shape = params.shape;
+  plan.config = params.config;
+  plan.q = params.q;
+  plan.gates = params.gates;
+  for (int branch = 0; branch < kNumBranches; ++branch) {
+    plan.enabled[branch] = params.branch[branch].enabled;
+    plan.k[branch] = params.branch[branch].k;
+    plan.v[branch] = params.branch[branch].v;
+  }
+  plan.block_indices = {params.block_indices.ptr, params.block_indices.batch,
+                        params.block_indices.seq, params.block_indices.head};
+  plan.index_count = params.index_count;
+  plan.params = &params;
+}
 
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);

@@ -165,6 +165,14 @@ void launch(const Backward& call) {
       });
 }
 
+/// Gradients of q, k and v of a call of one branch.
+Tensor3 launch(Backward& call, BranchBwd& branch, const Tensor& k, const Tensor& v) {
+  const Tensor dq = call.new_grad(call.params.dq, call.q);
+  const Tensor dk = call.new_grad(branch.dk, k), dv = call.new_grad(branch.dv, v);
+  launch(call);
+  return {dq, dk, dv};
+}
+
 BlockConfig checked_config(const std::vector<int64_t>& list) {
   const BlockConfig config = to_config(list);
   check_blocks(config);
@@ -244,10 +252,7 @@ Tensor3 compressed_attn_bwd(Tensor dout, Tensor q, Tensor k_cmp, Tensor v_cmp, T
   call.set_kv(branch, k_cmp, "k_cmp", v_cmp, "v_cmp", true);
   call.set_dout(dout, deterministic);
   call.set_saved(branch, out, lse);
-  const Tensor dq = call.new_grad(call.params.dq, q);
-  const Tensor dk = call.new_grad(branch.dk, k_cmp), dv = call.new_grad(branch.dv, v_cmp);
-  launch(call);
-  return {dq, dk, dv};
+  return launch(call, branch, k_cmp, v_cmp);
 }
 
 Tensor2 selected_attn_fwd(Tensor q, Tensor k, Tensor v, Tensor block_indices,
@@ -277,10 +282,7 @@ Tensor3 selected_attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
       call.indices<const int32_t>(block_indices, "block_indices", last_size(block_indices));
   call.set_dout(dout, deterministic);
   call.set_saved(branch, out, lse);
-  const Tensor dq = call.new_grad(call.params.dq, q);
-  const Tensor dk = call.new_grad(branch.dk, k), dv = call.new_grad(branch.dv, v);
-  launch(call);
-  return {dq, dk, dv};
+  return launch(call, branch, k, v);
 }
 
 Tensor2 window_attn_fwd(Tensor q, Tensor k, Tensor v, OptTensor cu_seqlens_q,
@@ -305,10 +307,7 @@ Tensor3 window_attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, T
   call.set_kv(branch, k, "k", v, "v", false);
   call.set_dout(dout, deterministic);
   call.set_saved(branch, out, lse);
-  const Tensor dq = call.new_grad(call.params.dq, q);
-  const Tensor dk = call.new_grad(branch.dk, k), dv = call.new_grad(branch.dv, v);
-  launch(call);
-  return {dq, dk, dv};
+  return launch(call, branch, k, v);
 }
 
 Tensor4 sparse_attn_fwd(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc,
