@@ -154,7 +154,7 @@ def test_compress(config, kind, weight_heads, plain, seqlen):
             close(out[b], brute_force.compress(x[b], config, **weights))
 
 
-# The facts that DESIGN states with numbers.
+# The facts that the definition states with numbers.
 
 
 def test_importance_weights_of_the_default_blocks():

@@ -1,4 +1,4 @@
-// Compression (DESIGN section 1.1, eq. 7) and its gradients straight from the definition: loops
+// Compression (docs/semantics.md, eq. 7) and its gradients straight from the definition: loops
 // over every element in double, nothing shared, nothing blocked.
 #pragma once
 

@@ -1,4 +1,4 @@
-// geometry.h against brute force: the definitions of DESIGN section 1, counted key by key.
+// geometry.h against brute force: the definitions of docs/semantics.md, counted key by key.
 #include <cstdint>
 #include <random>
 #include <string>

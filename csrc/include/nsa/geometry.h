@@ -1,4 +1,4 @@
-// The integer geometry of NSA, shared by every backend (DESIGN section 1). Each formula is written
+// The integer geometry of NSA, shared by every backend (docs/semantics.md). Each formula is written
 // here once.
 #pragma once
 
