@@ -140,11 +140,6 @@ struct Backward : Call<AttnBwd> {
   }
 };
 
-void check_blocks(const BlockConfig& config) {
-  const char* error = config_error(config);
-  STD_TORCH_CHECK(error == nullptr, error);
-}
-
 void launch(const Forward& call) {
   const AttnFwd& params = call.params;
   run(
@@ -175,7 +170,8 @@ Tensor3 launch(Backward& call, BranchBwd& branch, const Tensor& k, const Tensor&
 
 BlockConfig checked_config(const std::vector<int64_t>& list) {
   const BlockConfig config = to_config(list);
-  check_blocks(config);
+  const char* error = config_error(config);
+  STD_TORCH_CHECK(error == nullptr, error);
   return config;
 }
 

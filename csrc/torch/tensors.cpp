@@ -10,8 +10,8 @@ std::string shape_string(const Tensor& tensor) {
   return text + ")";
 }
 
-DType to_dtype(ScalarType type, const char* name) {
-  switch (type) {
+DType to_dtype(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return DType::kFloat64;
     case ScalarType::Float:
@@ -24,24 +24,6 @@ DType to_dtype(ScalarType type, const char* name) {
       STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
   }
   return DType::kFloat32;
-}
-
-DType to_dtype(const Tensor& tensor, const char* name) {
-  return to_dtype(tensor.scalar_type(), name);
-}
-
-ScalarType to_scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return ScalarType::Double;
-    case DType::kFloat32:
-      return ScalarType::Float;
-    case DType::kBFloat16:
-      return ScalarType::BFloat16;
-    case DType::kFloat16:
-      break;
-  }
-  return ScalarType::Half;
 }
 
 void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape,

@@ -27,8 +27,6 @@ inline int64_t last_size(const Tensor& tensor) {
 }
 
 DType to_dtype(const Tensor& tensor, const char* name);
-DType to_dtype(ScalarType type, const char* name);
-ScalarType to_scalar_type(DType dtype);
 
 /// Fails unless `tensor` has this shape (-1: any), dtype and device of `like`, and a contiguous
 /// last dim.
