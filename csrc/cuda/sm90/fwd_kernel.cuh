@@ -422,6 +422,10 @@ struct FwdKernel {
         issue_output(o, packed, tile(v));
         wgmma_wait<0>();
         pin(o);
+      } else {
+        // A release belongs to the phase of its fill: before that it would count for the fill before.
+        wait_full(k);
+        wait_full(v);
       }
       release(k);
       release(v);
