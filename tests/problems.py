@@ -43,17 +43,20 @@ CONFIGS = [
     Problem("l64-d16", seqlens=((60, 420),), config=NSAConfig(64, 16, 64, 3, 1, 1, 64)),
     Problem("l16-d16", seqlens=((60, 420),), config=NSAConfig(16, 16, 64, 3, 1, 1, 65)),
     Problem("l32-d32", seqlens=((60, 420),), config=NSAConfig(32, 32, 64, 5, 0, 2, 63)),
-    Problem("l16-d8-s32", seqlens=((60, 420),), config=NSAConfig(16, 8, 32, 6, 2, 2, 1)),
+    Problem("l16-d16-s32", seqlens=((60, 420),), config=NSAConfig(16, 16, 32, 6, 2, 2, 1)),
     Problem("s128", seqlens=((60, 720),), config=NSAConfig(32, 16, 128, 3, 1, 1, 10_000)),
     Problem("n1", seqlens=((60, 420),), config=NSAConfig(num_selected=1, num_init=0, num_local=1)),
     Problem(
         "free", seqlens=((60, 720),), config=NSAConfig(num_selected=5, num_init=0, num_local=0)
     ),
-    Problem("n32", seqlens=((20, 1100),), config=NSAConfig(num_selected=32)),
+    Problem("n32", seqlens=((24, 1100),), config=NSAConfig(num_selected=32)),
     Problem("scale", softmax_scale=0.3),
 ]
 # What only the CPU backend takes: any lengths, any dims.
 ANY = [
+    Problem(
+        "l16-d8-s32", seqlens=((60, 420),), config=NSAConfig(16, 8, 32, 6, 2, 2, 1), cpu_only=True
+    ),
     Problem("l4-d2-s4", seqlens=((30, 41),), config=NSAConfig(4, 2, 4, 3, 1, 1, 5), cpu_only=True),
     Problem("l3-d1-s5", seqlens=((30, 41),), config=NSAConfig(3, 1, 5, 3, 0, 2, 7), cpu_only=True),
     Problem("l1-d1-s1", seqlens=((9, 20),), config=NSAConfig(1, 1, 1, 4, 1, 2, 3), cpu_only=True),

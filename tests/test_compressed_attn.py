@@ -78,8 +78,8 @@ def test_equal_importance_selects_the_lower_index(backend):
 
 def test_equal_blocks_select_the_lower_index(backend):
     """Pairs of equal blocks: where only one of a pair fits, it is the first."""
-    config = NSAConfig(16, 16, 16, num_selected=4, num_init=0, num_local=1)
-    problem = Problem("", seqlens=((1, 16 * 16),), batch=8, heads_q=2, heads_kv=1, config=config)
+    config = NSAConfig(32, 32, 32, num_selected=4, num_init=0, num_local=1)
+    problem = Problem("", seqlens=((1, 16 * 32),), batch=8, heads_q=2, heads_kv=1, config=config)
     x = setup(problem, backend)
     half = x["k_cmp"][:, :8]
     blocks = select(problem, backend, x["q"], torch.cat([half, half], dim=1)).cpu()

@@ -162,7 +162,8 @@ void check(const AttnBwd& p) {
     throw std::invalid_argument("more than 64 query heads to a key-value head");
   if (p.branch[kSelected].enabled && (p.index_count < 1 || p.index_count > kMaxIndexCount))
     throw std::invalid_argument("the number of selected blocks must be 1 to 64");
-  if (p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr && !p.branch[kSelected].enabled)
+  if (p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr && !p.branch[kSelected].enabled &&
+      s.total_k > 0)
     throw std::invalid_argument("the window's dk and dv need a place");
   const int64_t batch = s.cu_seqlens_q ? 1 : s.batch;
   check_aligned(p.q, "q", batch, s.heads_q);

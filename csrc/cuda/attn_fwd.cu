@@ -136,6 +136,7 @@ std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& con
 int64_t attn_fwd_workspace(const AttnFwd& call, Backend) { return sm80::branch_workspace(call); }
 
 void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend backend) {
+  if (params.shape.total_q == 0 || params.shape.heads_q == 0) return;
   AttnFwd call = params;
   if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
   const Capability capability = check_call(call);

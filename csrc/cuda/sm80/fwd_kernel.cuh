@@ -279,7 +279,8 @@ class FwdBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         OnlineRow& row = rows[m][half];
-        if (raise) {
+        // Only where it is needed: a row's result must not depend on its neighbours' scores.
+        if (raise && (row.max == negative_infinity() || sums[m][half] > kLarge)) {
           float reference;
           row.raise(lane_max(s[m], half), p.scale_log2, reference);
           sums[m][half] = lane_sum(p, s[m], half, reference);
@@ -350,8 +351,13 @@ class FwdBlock {
                                       max[1] > rows[m][1].max + p.max_slack)) {
         float factor[2], reference;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          factor[half] = rows[m][half].raise(quad_max(max[half]), p.scale_log2, reference);
+        for (int half = 0; half < 2; ++half) {
+          // The row's own maximum decides: its result must not depend on its neighbours' scores.
+          OnlineRow& row = rows[m][half];
+          const float top = quad_max(max[half]);
+          factor[half] = 1.0f;
+          if (top > row.max + p.max_slack) factor[half] = row.raise(top, p.scale_log2, reference);
+        }
 #pragma unroll
         for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] *= factor[i / 2 % 2];
       }
