@@ -1,0 +1,114 @@
+// The two kernels that read the cache, and the launches of a call in order.
+#pragma once
+
+#include <stdexcept>
+
+#include "cuda/decode/attend.cuh"
+#include "cuda/decode/combine.cuh"
+#include "cuda/decode/launch.h"
+#include "cuda/decode/pdl.cuh"
+#include "cuda/decode/select.h"
+
+namespace nsa::cuda::decode {
+
+/// The compressed branch and the weights of the selection blocks. Rows: the new tokens of a
+/// sequence times the heads of a group, in `row_tiles` blocks that read the same keys side by side.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    compressed_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) char smem[];
+  launch_dependents();
+  const int row_tile = blockIdx.x % p.row_tiles, rest = blockIdx.x / p.row_tiles;
+  const int head = rest % p.heads_kv, worker = rest / p.heads_kv;
+  Attend<Traits> block(p, smem);
+  block.run(CompressedSource(p, head, row_tile), worker, row_tile);
+}
+
+/// The window, which needs no selection and so runs beside the kernels before this one; then the
+/// selected blocks. Rows: the heads of one new token.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    token_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) char smem[];
+  launch_dependents();
+  const int head = blockIdx.x % p.heads_kv, worker = blockIdx.x / p.heads_kv;
+  Attend<Traits> block(p, smem);
+  // In reverse: where there are fewer tiles than workers, these are not the selected branch's.
+  block.run(WindowSource(p, head), p.workers[kWindow] - 1 - worker, 0);
+  wait_for_previous();
+  block.run(SelectedSource(p, head), worker, 0);
+}
+
+struct DeviceLimits {
+  int processors, shared_per_block, shared_per_processor;
+  DeviceLimits() {
+    int device;
+    NSA_CUDA_CHECK(cudaGetDevice(&device));
+    const auto get = [device](int& value, cudaDeviceAttr attribute) {
+      NSA_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+    };
+    get(processors, cudaDevAttrMultiProcessorCount);
+    get(shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    get(shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  }
+};
+
+/// Tiles of the ring, so that two blocks of threads fit on a multiprocessor or else one does; at
+/// most 8.
+template <class T, int kDk, int kDv>
+Shape shape_of() {
+  using Traits = AttendTraits<T, kDk, kDv, 1>;  // the most shared memory
+  const DeviceLimits limits;
+  for (int blocks = 2; blocks >= 1; --blocks) {
+    // 1 KB of each block is the system's.
+    const int64_t room =
+        std::min(limits.shared_per_block, limits.shared_per_processor / blocks - 1024);
+    for (int stages = 8; stages >= 2; --stages) {
+      if (Traits::shared_bytes(stages) <= room) return {stages, blocks * limits.processors};
+    }
+  }
+  throw std::runtime_error("decode: two tiles do not fit into shared memory");
+}
+
+template <class T, int kDk, int kDv, int kRowGroups>
+void launch_compressed(const DecodeParams& p, cudaStream_t stream) {
+  using Traits = AttendTraits<T, kDk, kDv, kRowGroups>;
+  launch(compressed_kernel<Traits>, p, int64_t{p.workers[kCompressed]} * p.heads_kv * p.row_tiles,
+         Traits::kThreads, Traits::shared_bytes(p.stages), false, stream,
+         "decode compressed_kernel");
+}
+template <class T, int kDk, int kDv, int kRowGroups>
+void launch_tokens(const DecodeParams& p, cudaStream_t stream) {
+  using Traits = AttendTraits<T, kDk, kDv, kRowGroups>;
+  launch(token_kernel<Traits>, p, int64_t{p.workers[kSelected]} * p.heads_kv, Traits::kThreads,
+         Traits::shared_bytes(p.stages), true, stream, "decode token_kernel");
+}
+
+template <class T, int kDk, int kDv>
+void launch_decode(const DecodeParams& p, cudaStream_t stream) {
+  switch (p.rows[kCompressed]) {
+    case 16:
+      launch_compressed<T, kDk, kDv, 1>(p, stream);
+      break;
+    case 32:
+      launch_compressed<T, kDk, kDv, 2>(p, stream);
+      break;
+    default:
+      launch_compressed<T, kDk, kDv, 4>(p, stream);
+  }
+  launch_select(p, stream);
+  switch (p.rows[kSelected]) {
+    case 16:
+      launch_tokens<T, kDk, kDv, 1>(p, stream);
+      break;
+    case 32:
+      launch_tokens<T, kDk, kDv, 2>(p, stream);
+      break;
+    default:
+      launch_tokens<T, kDk, kDv, 4>(p, stream);
+  }
+  launch(combine_kernel<T, kDv>, p, int64_t{p.batch} * p.tokens * p.heads_q, 32 * kCombineWarps, 0,
+         true, stream, "decode combine_kernel");
+}
+
+}  // namespace nsa::cuda::decode
