@@ -1,211 +1,260 @@
-"""The whole operator on a GPU against dense causal attention: forward, backward, peak extra memory.
+"""NSA on a GPU against its baselines, in one process: operator, window, layer, decoding.
 
-Timed is everything from q, k, v and gates to the output (or the gradients), compression included.
-Backward is (forward+backward) - forward. Baselines in the same process: torch's
-scaled_dot_product_attention on cuDNN and on FlashAttention-2, and flash-linear-attention's
-parallel_nsa where it is installed. Inputs: random normals, or coherent ones, where the queries of a
-head are a slow random walk (AR(1)), so that neighbouring queries select mostly the same blocks.
-Writes a result file and prints a table.
+operator  everything from q, k, v and gates to the output (or the gradients), compression included
+layer     NSAAttention, projections and RoPE included, against a dense layer of the same sizes
+window    the window branch alone, against torch's flex attention
+decode    one new token of every sequence over a cache, replayed as a CUDA graph
+
+Baselines: torch's scaled_dot_product_attention on cuDNN and on FlashAttention-2, and
+flash-linear-attention's parallel_nsa where it is installed. Inputs: "random" normals; "coherent"
+ones, where the queries of a head are a slow random walk, so that neighbouring queries select mostly
+the same blocks; "real" ones, recorded from a trained model (bench/real.py). Dense attention does
+not depend on them and is measured once. Backward is (forward+backward) - forward. Writes a result
+file and prints a table.
 """
 
 import argparse
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import attentions
+import real
 import torch
-import torch.nn.functional as F
-from common import RESULTS, environment, measure, print_table, write_results
+from common import RESULTS, Timing, environment, measure, print_table, write_results
 from inputs import make_inputs, shared_fraction
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from layers import make_layer
 
 import nsa_ext
 
-# Neighbours then share about 3/4 of their unforced blocks at 65536 tokens (each row has its share).
-COHERENT_RHO = 0.975
+DENSE = ("cudnn", "flash2")
 
 
-def dense(backend: SDPBackend) -> Callable[..., torch.Tensor]:
-    def run(q, k, v, gates):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2)
+class Meter:
+    """Times the passes of a differentiable call and collects the rows."""
 
-    return run
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rows = args, []
+        self.limits = {
+            "device": "cuda",
+            "warmup": 2,
+            "repeats": args.repeats,
+            "max_seconds": args.max_seconds,
+        }
 
+    def add(self, row: dict, **values) -> None:
+        row = {**row, **values}
+        self.rows.append(row)
+        name = " ".join(str(row[key]) for key in ("what", "impl", "inputs", "seqlen", "pass"))
+        print(f"{name}: {row['median_ms']} ms", flush=True)
 
-def nsa(args: argparse.Namespace) -> Callable[..., torch.Tensor]:
-    compress = nsa_ext.KVCompressor(
-        args.head_dim, args.head_dim_v, kind=args.compress, device="cuda", dtype=torch.bfloat16
-    )
+    def passes(
+        self, row: dict, call: Callable[..., torch.Tensor], leaves: list, weights: list
+    ) -> None:
+        """Rows of `call(*leaves)`: forward, forward+backward (with peak memory), backward."""
+        leaves = [x.detach().requires_grad_() for x in leaves]
 
-    def run(q, k, v, gates):
-        return nsa_ext.sparse_attn(q, k, v, gates, compress, deterministic=args.deterministic)
+        @torch.no_grad()
+        def forward() -> None:
+            call(*leaves)
 
-    return run
+        def both() -> None:
+            torch.autograd.grad(call(*leaves), leaves + weights, dout, allow_unused=True)
 
+        with torch.no_grad():
+            dout = torch.randn_like(call(*leaves))
+        memory = {"forward": _peak_extra_gb(forward), "forward+backward": _peak_extra_gb(both)}
+        times = {name: measure(run, **self.limits) for name, run in
+                 (("forward", forward), ("forward+backward", both))}  # fmt: skip
+        for name, timing in times.items():
+            self.add(row, **{"pass": name}, **timing.fields(), peak_extra_gb=memory[name])
+        backward = times["forward+backward"].minus(times["forward"])
+        self.add(row, **{"pass": "backward"}, **backward.fields())
 
-def fla(args: argparse.Namespace) -> Callable[..., torch.Tensor]:
-    """Its compression blocks are its selection blocks: l = d = l' = 64."""
-    from fla.ops.nsa import parallel_nsa
-
-    def run(q, k, v, gates):
-        g_cmp, g_slc, g_win = gates.unbind(-1)
-        return parallel_nsa(
-            q,
-            k,
-            v,
-            g_cmp=g_cmp,
-            g_slc=g_slc,
-            g_swa=g_win,
-            block_count=16,
-            block_size=64,
-            window_size=512,
-        )
-
-    return run
-
-
-def implementation(name: str, args: argparse.Namespace) -> Callable[..., torch.Tensor]:
-    if name.startswith("nsa"):
-        return nsa(args)
-    if name == "fla":
-        return fla(args)
-    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
-    return dense(backends[name])
+    def once(self, row: dict, call: Callable[[], object], **values) -> Timing:
+        timing = measure(call, **self.limits)
+        self.add(row, **timing.fields(), **values)
+        return timing
 
 
-def time_one(run: Callable[..., torch.Tensor], inputs: tuple, args: argparse.Namespace) -> dict:
-    """Rows' fields of one implementation on one input."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    limits = {
-        "device": "cuda",
-        "warmup": 2,
-        "repeats": args.repeats,
-        "max_seconds": args.max_seconds,
-    }
-
-    @torch.no_grad()
-    def forward() -> None:
-        run(*inputs)
-
-    out = run(*leaves)
-    used = [x for x in leaves if x.requires_grad]
-    dout = torch.randn_like(out)
-    del out
-
-    def both() -> None:
-        torch.autograd.grad(run(*leaves), used, dout, allow_unused=True)
-
-    forward_time = measure(forward, **limits)
-    both_time = measure(both, **limits)
+def _peak_extra_gb(call: Callable[[], object]) -> float:
+    """Peak of memory during a call above what was held before it; its results count."""
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    both()
+    call()
     torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+
+
+def release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def names(args: argparse.Namespace, length: int, kind: str) -> Iterator[str]:
+    """Which implementations run at a length on a kind of inputs."""
+    for name in args.impl:
+        if name in DENSE and (kind != args.inputs[0] or length > args.dense_max):
+            continue
+        if attentions.installed(name):
+            yield name
+
+
+def shape_of(args: argparse.Namespace) -> dict:
     return {
-        "forward": forward_time.fields(),
-        "forward+backward": both_time.fields(),
-        "backward_ms": round(both_time.median - forward_time.median, 4),
-        "peak_extra_gb": round((torch.cuda.max_memory_allocated() - before) / 1e9, 3),
+        "heads": args.heads,
+        "kv_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "head_dim_v": args.head_dim_v,
+        "dtype": "bfloat16",
     }
 
 
-def share_of_neighbours(inputs: tuple, args: argparse.Namespace) -> float:
-    """Share of unforced blocks that a query has in common with its predecessor."""
-    compress = nsa_ext.KVCompressor(args.head_dim, args.head_dim_v, kind="mean")
-    config = compress.config
-    with torch.no_grad():
-        _, blocks = nsa_ext.sparse_attn(*inputs, compress, return_selection=True)
-    return round(shared_fraction(blocks, config.select_size, config.num_init + config.num_local), 3)
+def inputs_of(kind: str, length: int, args: argparse.Namespace) -> attentions.Inputs:
+    if kind == "real":
+        inputs, _ = real.record(args.model, length, "cuda", args.layer)
+        return inputs
+    return make_inputs(
+        kind, 1, length, args.heads, args.kv_heads, args.head_dim, args.head_dim_v,
+        compress=args.compress,
+    )  # fmt: skip
+
+
+def run_operator(meter: Meter, args: argparse.Namespace) -> None:
+    for length in args.lengths:
+        for kind in args.inputs:
+            inputs = inputs_of(kind, length, args)
+            share = shared_fraction(attentions.selection_of(inputs), nsa_ext.NSAConfig())
+            for name in names(args, length, kind):
+                row = {"what": "operator", "impl": name, "inputs": kind, "batch": 1}
+                row |= {"seqlen": length, **shape_of(args)}
+                if name not in DENSE:
+                    row |= {"neighbours_share": round(share, 3), **inputs.notes}
+                call = attentions.implementation(name, inputs, args.deterministic)
+                weights = list(inputs.compress.parameters()) if name.startswith("nsa") else []
+                leaves = inputs.tensors if name.startswith("nsa") else inputs.tensors[:4]
+                with attentions.backend_of(name):
+                    meter.passes(row, call, leaves, weights)
+                release()
+            del inputs
+            release()
+
+
+def run_window(meter: Meter, args: argparse.Namespace) -> None:
+    size = nsa_ext.NSAConfig().window
+    for length in args.lengths:
+        inputs = inputs_of("random", length, args)
+        for name in ("nsa", "flex"):
+            row = {"what": "window", "impl": name, "inputs": "random", "batch": 1}
+            call = attentions.window(name, length, size)
+            meter.passes({**row, "seqlen": length, **shape_of(args)}, call, inputs.tensors[:3], [])
+            release()
+
+
+def run_layer(meter: Meter, args: argparse.Namespace) -> None:
+    for name in args.impl:
+        if name == "fla":
+            continue
+        layer = make_layer(
+            name, args.layer_dim, args.heads, args.kv_heads, args.head_dim, args.layer_compress
+        )
+        for length in args.lengths:
+            if name in DENSE and length > args.dense_max:
+                continue
+            x = torch.randn(1, length, args.layer_dim, device="cuda", dtype=torch.bfloat16)
+            row = {"what": "layer", "impl": name, "inputs": "random", "batch": 1}
+            row |= {"seqlen": length, **shape_of(args), "dim": args.layer_dim}
+            with attentions.backend_of(name):
+                meter.passes(row, layer, [x], list(layer.parameters()))
+            release()
+        del layer
+        release()
+
+
+def show(rows: list[dict]) -> None:
+    """A line for each row, with its speed-up over the dense implementations."""
+
+    def key(row: dict) -> tuple:
+        return row["what"], row["seqlen"], row["batch"], row["pass"]
+
+    dense = {(row["impl"], *key(row)): row["median_ms"] for row in rows if row["impl"] in DENSE}
+
+    def ratio(row: dict, name: str) -> float | None:
+        base = dense.get((name, *key(row)))
+        return base / row["median_ms"] if base and row["impl"] != name else None
+
+    fields = ("what", "batch", "seqlen", "inputs", "impl", "pass", "median_ms", "q1_ms", "q3_ms")
+    more = ("peak_extra_gb", "neighbours_share")
+    print_table(
+        [*fields, "x cuDNN", "x FA2", *more],
+        [
+            [row[name] for name in fields]
+            + [ratio(row, "cudnn"), ratio(row, "flash2")]
+            + [row.get(name) for name in more]
+            for row in rows
+        ],
+    )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
-    parser.add_argument(
+    add = parser.add_argument
+    add("what", nargs="*", help="operator, layer, window, decode; default: operator")
+    add("--lengths", type=int, nargs="+", default=[1024 << i for i in range(9)], help="1k to 256k")
+    add(
         "--impl",
         nargs="+",
-        default=["nsa", "cudnn", "flash2"],
+        default=["nsa", *DENSE],
         help="nsa, nsa-sm80, nsa-sm90, cudnn, flash2, fla",
     )
-    parser.add_argument(
-        "--inputs", nargs="+", choices=["random", "coherent"], default=["random", "coherent"]
+    add(
+        "--inputs",
+        nargs="+",
+        choices=["random", "coherent", "real"],
+        default=["random", "coherent"],
     )
-    parser.add_argument("--heads", type=int, default=64, help="Hq")
-    parser.add_argument("--kv-heads", type=int, default=4, help="Hkv")
-    parser.add_argument("--head-dim", type=int, default=128, help="Dk")
-    parser.add_argument("--head-dim-v", type=int, default=None, help="Dv, default Dk")
-    parser.add_argument("--compress", default="mean", choices=["mean", "weighted", "linear", "mlp"])
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument(
-        "--max-seconds", type=float, default=10.0, help="per implementation and pass"
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
+    add("--heads", type=int, default=64, help="Hq")
+    add("--kv-heads", type=int, default=4, help="Hkv")
+    add("--head-dim", type=int, default=128, help="Dk")
+    add("--head-dim-v", type=int, default=None, help="Dv, default Dk")
+    add("--compress", default="mean", choices=["mean", "weighted", "linear", "mlp"])
+    add("--deterministic", action="store_true")
+    add("--layer-dim", type=int, default=4096, help="width of the layer's input")
+    add("--layer-compress", default="mlp", choices=["mean", "weighted", "linear", "mlp"])
+    add("--batches", type=int, nargs="+", default=[1, 32], help="sequences, of decoding")
+    add("--dense-max", type=int, default=131072, help="longest dense run; default: %(default)s")
+    add("--repeats", type=int, default=10)
+    add("--max-seconds", type=float, default=4.0, help="per implementation and pass")
+    add("--output", type=Path, default=RESULTS / "gpu.json")
+    real.add_model_options(parser.add_argument_group("inputs real"))
     args = parser.parse_args()
+    args.what = args.what or ["operator"]
+    if unknown := set(args.what) - set(SECTIONS):
+        parser.error(f"expected of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; bench/run_cpu.py measures the CPU")
     args.head_dim_v = args.head_dim_v or args.head_dim
+    args.device = "cuda"
     return args
+
+
+SECTIONS = {"operator": run_operator, "layer": run_layer, "window": run_window}
 
 
 def main() -> None:
     args = parse()
-    rows, table = [], []
-    for seqlen in args.lengths:
-        flash = None
-        for kind in args.inputs:
-            inputs = make_inputs(
-                1, seqlen, args.heads, args.kv_heads, args.head_dim, args.head_dim_v,
-                rho=COHERENT_RHO if kind == "coherent" else 0.0,
-            )  # fmt: skip
-            share = share_of_neighbours(inputs, args)
-            for name in sorted(args.impl, key=lambda name: name != "flash2"):
-                if kind == "coherent" and name in ("cudnn", "flash2"):
-                    continue  # dense attention does not depend on it: the random row serves both
-                with nsa_ext.cuda_backend(name.partition("-")[2] or "auto"):
-                    result = time_one(implementation(name, args), inputs, args)
-                rows.append(
-                    {
-                        "seqlen": seqlen,
-                        "inputs": kind,
-                        "impl": name,
-                        "neighbours_share": share,
-                        **result,
-                    }
-                )
-                forward, backward = result["forward"]["median_ms"], result["backward_ms"]
-                if name == "flash2":
-                    flash = forward, backward
-                ratio = (
-                    [base / ours for base, ours in zip(flash, (forward, backward), strict=True)]
-                    if flash
-                    else [None] * 2
-                )
-                table.append(
-                    [seqlen, kind, name, forward, backward, *ratio, result["peak_extra_gb"], share]
-                )
-                print(table[-1], flush=True)
-                gc.collect()
-                torch.cuda.empty_cache()
-    shape = {
-        "batch": 1,
-        "heads": args.heads,
-        "kv_heads": args.kv_heads,
-        "head_dim": args.head_dim,
-        "head_dim_v": args.head_dim_v,
-        "dtype": "bfloat16",
-        "compress": args.compress,
-    }
-    write_results(args.output, rows, {**environment("cuda"), "shape": shape})
-    print_table(
-        ["S", "inputs", "impl", "fwd ms", "bwd ms", "fwd x FA2", "bwd x FA2", "extra GB", "share"],
-        table,
-    )
+    if "real" in args.inputs:
+        args.model = real.model_for(args)
+    meter = Meter(args)
+    for name, section in SECTIONS.items():
+        if name in args.what:
+            section(meter, args)
+    write_results(args.output, meter.rows, {**environment("cuda"), "compress": args.compress})
+    show(meter.rows)
 
 
 if __name__ == "__main__":

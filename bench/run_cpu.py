@@ -117,7 +117,7 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
             for key, timing in time_passes(name, seqlen, args).items():
                 before = previous.get((name, key))
                 doubled = before is not None and before[0] * 2 == seqlen
-                row = {"attention": name, "seqlen": seqlen, "pass": key, **timing}
+                row = {"what": "operator", "impl": name, "pass": key, "seqlen": seqlen, **timing}
                 row["times_half_length"] = (
                     round(timing["median_ms"] / before[1], 3) if doubled else None
                 )
@@ -128,7 +128,7 @@ def benchmark(args: argparse.Namespace) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    medians = {(r["attention"], r["seqlen"], r["pass"]): r["median_ms"] for r in rows}
+    medians = {(r["impl"], r["seqlen"], r["pass"]): r["median_ms"] for r in rows}
     table = []
     for r in rows:
         dense = medians.get(("dense", r["seqlen"], r["pass"]))
@@ -136,13 +136,13 @@ def show(rows: list[dict]) -> None:
         table.append(
             [
                 r["seqlen"],
-                r["attention"],
+                r["impl"],
                 r["pass"],
                 r["median_ms"],
                 f"{r['min_ms']:.1f}-{r['max_ms']:.1f}",
                 r["repeats"],
                 r["times_half_length"],
-                dense / r["median_ms"] if dense and r["attention"] == "nsa" else None,
+                dense / r["median_ms"] if dense and r["impl"] == "nsa" else None,
                 extra / 2**20 if extra is not None else None,
                 extra / (r["input_bytes"] + r["result_bytes"]) if extra is not None else None,
             ]

@@ -91,6 +91,15 @@ Cost cost_of(const Case& c, const BlockConfig& config) {
   // Gradients read q, dout, and the branches' out and lse, and write dq.
   const double saved = 2 * size.q + size.out, branch = size.out + size.lse;
 
+  if (name == "decode") {
+    const double tokens = num_compressed(c.length, config.block_size, config.block_stride);
+    const double keys =
+        std::min<int64_t>(c.length, config.window) +
+        std::min<double>(c.length, double(config.num_selected) * config.select_size);
+    const double row = c.batch * (dk + dv);  // of one head
+    return {2 * (tokens + keys) * c.heads * row,
+            ((tokens + keys) * c.kv_heads + c.heads) * row * kElement, 0};
+  }
   if (name == "compress" || name == "compress_bwd") {
     const double rows = size.kv_cmp / ((dk + dv) * kElement);
     const double flops = 2 * rows * phi_products(c, config);

@@ -21,9 +21,11 @@ class Operator {
 std::unique_ptr<Operator> make_compression(const Case& c, const Options& options);
 std::unique_ptr<Operator> make_attention(const Case& c, const Options& options);
 std::unique_ptr<Operator> make_attention_bwd(const Case& c, const Options& options);
+std::unique_ptr<Operator> make_decode(const Case& c, const Options& options);
 
 inline std::unique_ptr<Operator> make_operator(const Case& c, const Options& options) {
   if (c.kernel == "compress" || c.kernel == "compress_bwd") return make_compression(c, options);
+  if (c.kernel == "decode") return make_decode(c, options);
   const bool backward = c.kernel == "backward" || c.kernel.find("_bwd") != std::string::npos;
   return backward ? make_attention_bwd(c, options) : make_attention(c, options);
 }

@@ -107,7 +107,7 @@ struct Option {
 
 const std::vector<Option>& option_list() {
   static const std::vector<Option> list = {
-      {"--lengths", "N,..", "queries and keys, e.g. 4096,64k (default 65536)",
+      {"--lengths", "N,..", "queries and keys, or the cache, e.g. 4096,64k (default 65536)",
        numbers(&Options::lengths)},
       {"--batches", "N,..", "sequences (1)", numbers(&Options::batches)},
       {"--heads", "N,..", "query heads (64)", numbers(&Options::heads)},
@@ -171,6 +171,7 @@ const std::vector<KernelInfo>& kernel_list() {
       {"selected_bwd", "gradients of the selected branch on given blocks", false},
       {"window_bwd", "gradients of the window branch", false},
       {"backward", "gradients of the gated sum, selected and window sharing K and V", false},
+      {"decode", "one token of every sequence over a cache, gated sum of the branches", false},
   };
   return list;
 }
@@ -230,9 +231,10 @@ std::vector<Case> expand(const Options& o) {
     // Whether the picks of neighbours agree is no matter where none are made nor read.
     const bool dense = kernel.compresses || kernel.name == "compressed" ||
                        kernel.name == "window" || kernel.name == "compressed_bwd" ||
-                       kernel.name == "window_bwd";
+                       kernel.name == "window_bwd" || kernel.name == "decode";
     const auto patterns = dense ? first(o.patterns) : o.patterns;
-    const auto backends = kernel.compresses ? first(o.backends) : o.backends;
+    const bool one_backend = kernel.compresses || kernel.name == "decode";
+    const auto backends = one_backend ? first(o.backends) : o.backends;
     const auto compress = kernel.compresses ? o.compress : first(o.compress);
     for (const int64_t batch : o.batches)
       for (const int64_t length : o.lengths)

@@ -1,5 +1,6 @@
 // Time of each kernel that a call launches, without a profiler: the call is captured as a graph,
-// an event is recorded between each two of its nodes, and the graph is launched repeatedly.
+// an event is recorded between each two of its nodes, and the graph is launched repeatedly. Kernels
+// that overlap in the call itself do not overlap here.
 #include <cxxabi.h>
 
 #include <cstdlib>
@@ -13,11 +14,16 @@ namespace nsa::bench {
 
 namespace {
 
-// Edges have had attributes since CUDA 12.3, and since 13.0 under these names.
+// Edges carry data, for kernels that start before the one before has ended. The functions that know
+// it got the plain names with CUDA 13.
 #if CUDART_VERSION >= 13000
-#define NSA_EDGE_DATA nullptr,
+constexpr auto get_edges = cudaGraphGetEdges;
+constexpr auto add_dependencies = cudaGraphAddDependencies;
+constexpr auto remove_dependencies = cudaGraphRemoveDependencies;
 #else
-#define NSA_EDGE_DATA
+constexpr auto get_edges = cudaGraphGetEdges_v2;
+constexpr auto add_dependencies = cudaGraphAddDependencies_v2;
+constexpr auto remove_dependencies = cudaGraphRemoveDependencies_v2;
 #endif
 
 /// "void a::b::name<...>(...)" -> "name".
@@ -52,16 +58,17 @@ std::string node_name(cudaGraphNode_t node) {
 
 struct Edge {
   cudaGraphNode_t from, to;
+  cudaGraphEdgeData data;
 };
 
 std::vector<Edge> edges_of(cudaGraph_t graph) {
   size_t count = 0;
-  NSA_BENCH_CHECK(cudaGraphGetEdges(graph, nullptr, nullptr, NSA_EDGE_DATA & count));
+  NSA_BENCH_CHECK(get_edges(graph, nullptr, nullptr, nullptr, &count));
   std::vector<cudaGraphNode_t> from(count), to(count);
-  if (count > 0)
-    NSA_BENCH_CHECK(cudaGraphGetEdges(graph, from.data(), to.data(), NSA_EDGE_DATA & count));
+  std::vector<cudaGraphEdgeData> data(count);
+  if (count > 0) NSA_BENCH_CHECK(get_edges(graph, from.data(), to.data(), data.data(), &count));
   std::vector<Edge> edges;
-  for (size_t i = 0; i < count; ++i) edges.push_back({from[i], to[i]});
+  for (size_t i = 0; i < count; ++i) edges.push_back({from[i], to[i], data[i]});
   return edges;
 }
 
@@ -82,27 +89,35 @@ std::vector<cudaGraphNode_t> chain_of(cudaGraph_t graph, const std::vector<Edge>
   return chain;
 }
 
+cudaGraph_t capture(const Launch& launch, cudaStream_t stream) {
+  cudaGraph_t graph = nullptr;
+  NSA_BENCH_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  try {
+    launch(stream);
+  } catch (...) {
+    cudaStreamEndCapture(stream, &graph);  // the stream goes on being used
+    throw;
+  }
+  NSA_BENCH_CHECK(cudaStreamEndCapture(stream, &graph));
+  return graph;
+}
+
 }  // namespace
 
 std::vector<Timer::Part> Timer::time_parts(const Launch& launch, const Effort& effort) {
   NSA_BENCH_CHECK(cudaDeviceSynchronize());
-  cudaGraph_t graph;
-  NSA_BENCH_CHECK(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-  launch(stream_);
-  NSA_BENCH_CHECK(cudaStreamEndCapture(stream_, &graph));
-
+  const cudaGraph_t graph = capture(launch, stream_);
   const std::vector<Edge> edges = edges_of(graph);
   const std::vector<cudaGraphNode_t> chain = chain_of(graph, edges);
   for (const Edge& edge : edges)
-    NSA_BENCH_CHECK(cudaGraphRemoveDependencies(graph, &edge.from, &edge.to, NSA_EDGE_DATA 1));
+    NSA_BENCH_CHECK(remove_dependencies(graph, &edge.from, &edge.to, &edge.data, 1));
   std::vector<cudaEvent_t> events(chain.size() + 1);
   for (size_t i = 0; i < events.size(); ++i) {
     NSA_BENCH_CHECK(cudaEventCreate(&events[i]));
     cudaGraphNode_t record;
     NSA_BENCH_CHECK(cudaGraphAddEventRecordNode(&record, graph, i ? &chain[i - 1] : nullptr,
                                                 i ? 1 : 0, events[i]));
-    if (i < chain.size())
-      NSA_BENCH_CHECK(cudaGraphAddDependencies(graph, &record, &chain[i], NSA_EDGE_DATA 1));
+    if (i < chain.size()) NSA_BENCH_CHECK(add_dependencies(graph, &record, &chain[i], nullptr, 1));
   }
   cudaGraphExec_t executable;
   NSA_BENCH_CHECK(cudaGraphInstantiate(&executable, graph, 0));

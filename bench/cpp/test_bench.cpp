@@ -111,6 +111,10 @@ void test_costs() {
     CHECK(cost.flops > 0 || c.kernel.rfind("compress", 0) == 0);
     CHECK_EQ(cost.gather > 0,
              c.kernel.rfind("selected", 0) == 0 || c.kernel == "forward" || c.kernel == "backward");
+    if (c.kernel == "decode") {  // Tc = 255, 16 blocks of 64, 512 of the window; q and out
+      CHECK_EQ(cost.flops, 2.0 * 64 * (255 + 1024 + 512) * 320);
+      CHECK_EQ(cost.bytes, 2.0 * 320 * (4 * (255 + 1024 + 512) + 64));
+    }
     // 64 heads; dQ: Q K, dO V, dS K; dK and dV: Q K, dO V, dS Q, P dO.
     const double window = 64 * window_pairs(4096, o.config);
     if (c.kernel != "window_bwd") continue;
