@@ -37,6 +37,7 @@ void check(const AttnBwd& params) {
     require(branch.v.ptr || keys == 0, "the values of an enabled branch are missing");
     require(branch.out.ptr && branch.lse.ptr, "the saved output or lse of a branch is missing");
   }
+  require(!shape.seqused_k, "the backward takes no seqused_k");
   require(shape.total_q == 0 || (params.dout.ptr && params.dq.ptr), "dout or dq is missing");
 }
 

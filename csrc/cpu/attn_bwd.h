@@ -58,13 +58,13 @@ void dots_item(const BwdPlan& plan, const QueryItem& item, char* scratch) {
   for (int64_t i = item.first; i < item.first + item.count; ++i) {
     for (int64_t g = 0; g < plan.group; ++g) {
       const int64_t head = item.head * plan.group + g, row = s.q_row + i;
-      pack_rows(dtype, p.dout.ptr, offset_of(p.dout, s.batch, row, head), 0, 1, 1, plan.shape.dim_v,
-                plan.ld_v, T(1), dout);
+      pack_rows(dtype, p.dout.ptr, {offset_of(p.dout, s.batch, row, head), 0}, 1, 1,
+                plan.shape.dim_v, plan.ld_v, T(1), dout);
       T dots[kNumBranches] = {};
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!plan.enabled[branch]) continue;
         const InView& view = p.branch[branch].out;
-        pack_rows(dtype, view.ptr, offset_of(view, s.batch, row, head), 0, 1, 1, plan.shape.dim_v,
+        pack_rows(dtype, view.ptr, {offset_of(view, s.batch, row, head), 0}, 1, 1, plan.shape.dim_v,
                   plan.ld_v, T(1), out);
         Vec<T> total{};
         for (int64_t e = 0; e < plan.ld_v; e += kLanes<T>) total += load(dout + e) * load(out + e);

@@ -31,6 +31,11 @@ void check(const AttnFwd& params, const AttnPlan& plan) {
 void attn_fwd(const AttnFwd& params, const Executor& executor) {
   FwdPlan plan{};
   take_call(plan, params);
+  run_fwd(plan, executor);
+}
+
+void run_fwd(FwdPlan& plan, const Executor& executor) {
+  const AttnFwd& params = *plan.params;
   plan.parts = kKeysT | kValues;
   AttnSetup setup(plan, executor, AttnSetup::Items::kTiles);
   check(params, plan);

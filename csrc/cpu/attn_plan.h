@@ -26,6 +26,7 @@ struct Sequence {
   int64_t q_row, k_row, cmp_row;  // first rows; 0 when not packed
   int64_t len_q, len_k, len_cmp;  // Sq, Sk, Tc
   int64_t lse_row;                // first row of the (B * Sq or total_q) rows of all sequences
+  const int32_t* pages;           // pages of its keys in a pool; null: rows follow each other
   int64_t position(int64_t i) const { return i + len_k - len_q; }  // t of query i
 };
 
@@ -34,6 +35,18 @@ template <class T>
 inline int64_t offset_of(const View<T>& view, int64_t batch, int64_t row, int64_t head) {
   return batch * view.batch + row * view.seq + head * view.head;
 }
+
+/// Rows of a tensor, evenly spaced or in pages of `page_rows`.
+struct RowWalk {
+  int64_t first, stride;           // element offset of row 0 (of its page), and from row to row
+  const int32_t* pages = nullptr;  // row r lies in page pages[(row + r) / page_rows]
+  int64_t row = 0, page_rows = 1, page_stride = 0;
+
+  int64_t at(int64_t r) const {
+    if (!pages) return first + r * stride;
+    return first + pages[(row + r) / page_rows] * page_stride + (row + r) % page_rows * stride;
+  }
+};
 
 /// Operands that a pass needs of a branch's keys and values, in the compute type.
 enum PackParts : int {
@@ -82,6 +95,9 @@ struct AttnPlan {
   InView q, gates;
   bool enabled[kNumBranches];
   InView k[kNumBranches], v[kNumBranches];
+  // Of a paged cache: (B, max_pages), null without; a view's batch stride goes from page to page.
+  const int32_t* block_table;
+  int64_t max_pages;
   KeyPack pack[kNumBranches];
   bool selected_resident;  // else a tile packs the blocks that it visits: a decode step
   int parts;               // PackParts of the query-stationary pass
@@ -93,6 +109,18 @@ struct AttnPlan {
   int64_t compressed_tokens;  // and through the compressed branch
   int64_t max_compressed;     // Tc of the longest sequence
   int64_t max_select_blocks;  // blocks of the longest sequence
+
+  /// Rows of K or V of a branch from row `begin` of a sequence on.
+  RowWalk rows(const InView& view, int branch, const Sequence& s, int64_t head,
+               int64_t begin) const {
+    if (s.pages) {
+      const int64_t page_rows = branch == kCompressed ? config.select_size / config.block_stride
+                                                      : int64_t{config.select_size};
+      return {head * view.head, view.seq, s.pages, begin, page_rows, view.batch};
+    }
+    const int64_t first = branch == kCompressed ? s.cmp_row : s.k_row;
+    return {offset_of(view, s.batch, first + begin, head), view.seq};
+  }
 
   SelectedRows selected_rows(const Sequence& s, int64_t head, int64_t first, int64_t rows) const {
     return {block_indices.ptr + offset_of(block_indices, s.batch, s.q_row + first, head),

@@ -83,6 +83,11 @@ void AttnSetup::check(const AttnPlan& plan) const {
     require(s.total_q == s.batch * s.seqlen_q && s.total_k == s.batch * s.seqlen_k,
             "total_q and total_k must be batch times length");
   }
+  for (int64_t b = 0; s.seqused_k && b < s.batch; ++b) {
+    const int64_t room = s.cu_seqlens_k ? s.cu_seqlens_k[b + 1] - s.cu_seqlens_k[b] : s.seqlen_k;
+    require(s.seqused_k[b] >= 0 && s.seqused_k[b] <= room,
+            "seqused_k must lie between 0 and the rows of the sequence");
+  }
   require(plan.q.ptr || s.total_q == 0, "q is missing");
   for (int branch = 0; branch < kNumBranches; ++branch) {
     if (!plan.enabled[branch] || s.total_q == 0) continue;
@@ -112,6 +117,8 @@ void AttnSetup::add_sequences(AttnPlan& plan) {
       sequence.len_q = s.seqlen_q;
       sequence.len_k = s.seqlen_k;
     }
+    if (s.seqused_k) sequence.len_k = s.seqused_k[b];
+    if (plan.block_table) sequence.pages = plan.block_table + b * plan.max_pages;
     if (plan.enabled[kCompressed]) {
       sequence.len_cmp = num_compressed(sequence.len_k, c.block_size, c.block_stride);
       if (packed) sequence.cmp_row = packed_row(sequence.k_row, c.block_stride);

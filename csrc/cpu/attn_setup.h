@@ -55,6 +55,9 @@ void take_call(Plan& plan, const Params& params) {
   plan.params = &params;
 }
 
+/// The forward of a plan that take_call() has begun and that says where the keys lie.
+void run_fwd(FwdPlan& plan, const Executor& executor);
+
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }

@@ -228,7 +228,7 @@ void load_tile(const AttnPlan& plan, const QueryItem& item, const InView& view, 
   const int64_t G = plan.group;
   for (int64_t i = 0; i < item.count; ++i) {
     const int64_t at = offset_of(view, s.batch, s.q_row + item.first + i, item.head * G);
-    pack_rows(plan.shape.dtype, view.ptr, at, view.head, G, G, dim, ld, scale, dst + i * G * ld);
+    pack_rows(plan.shape.dtype, view.ptr, {at, view.head}, G, G, dim, ld, scale, dst + i * G * ld);
   }
 }
 

@@ -10,14 +10,14 @@ namespace nsa::cpu::NSA_CPU_TARGET {
 
 /// Rows [0, rows) of `src` as panels of a (dim, padded) matrix, zero past `rows`.
 template <class T>
-void pack_transposed(DType dtype, const void* src, int64_t offset, int64_t stride, int64_t rows,
+void pack_transposed(DType dtype, const void* src, const RowWalk& walk, int64_t rows,
                      int64_t padded, int64_t dim, T* dst, T* row) {
   for (int64_t first = 0; first < padded; first += kPanel<T>) {
     const int64_t width = padded - first < kPanel<T> ? padded - first : kPanel<T>;
     T* panel = dst + first * dim;
     for (int64_t r = 0; r < width; ++r) {
       if (first + r < rows) {
-        load_row(dtype, src, offset + (first + r) * stride, dim, T(1), row);
+        load_row(dtype, src, walk.at(first + r), dim, T(1), row);
         for (int64_t k = 0; k < dim; ++k) panel[k * width + r] = row[k];
       } else {
         for (int64_t k = 0; k < dim; ++k) panel[k * width + r] = 0;
@@ -28,11 +28,11 @@ void pack_transposed(DType dtype, const void* src, int64_t offset, int64_t strid
 
 /// Rows [0, rows) of `src` as rows of `ld` elements, zero past `rows` and past `dim`.
 template <class T>
-void pack_rows(DType dtype, const void* src, int64_t offset, int64_t stride, int64_t rows,
-               int64_t padded, int64_t dim, int64_t ld, T scale, T* dst) {
+void pack_rows(DType dtype, const void* src, const RowWalk& walk, int64_t rows, int64_t padded,
+               int64_t dim, int64_t ld, T scale, T* dst) {
   for (int64_t r = 0; r < padded; ++r, dst += ld) {
     const int64_t valid = r < rows ? dim : 0;
-    if (valid) load_row(dtype, src, offset + r * stride, dim, scale, dst);
+    if (valid) load_row(dtype, src, walk.at(r), dim, scale, dst);
     for (int64_t k = valid; k < ld; ++k) dst[k] = 0;
   }
 }
@@ -48,22 +48,15 @@ template <class T>
 void pack_block(const AttnPlan& plan, int branch, int64_t sequence, int64_t head, int64_t begin,
                 int64_t padded, int64_t keys, const BlockParts<T>& to, T* row) {
   const Sequence& s = plan.sequences[sequence];
-  const int64_t first = (branch == kCompressed ? s.cmp_row : s.k_row) + begin;
   const DType dtype = plan.shape.dtype;
   const InView &k = plan.k[branch], &v = plan.v[branch];
-  const int64_t k_at = offset_of(k, s.batch, first, head);
-  const int64_t v_at = offset_of(v, s.batch, first, head);
+  const RowWalk k_at = plan.rows(k, branch, s, head, begin);
+  const RowWalk v_at = plan.rows(v, branch, s, head, begin);
   const int64_t dim_qk = plan.shape.dim_qk, dim_v = plan.shape.dim_v;
-  if (to.keys_t) pack_transposed(dtype, k.ptr, k_at, k.seq, keys, padded, dim_qk, to.keys_t, row);
-  if (to.values_t) {
-    pack_transposed(dtype, v.ptr, v_at, v.seq, keys, padded, dim_v, to.values_t, row);
-  }
-  if (to.values) {
-    pack_rows(dtype, v.ptr, v_at, v.seq, keys, padded, dim_v, plan.ld_v, T(1), to.values);
-  }
-  if (to.keys) {
-    pack_rows(dtype, k.ptr, k_at, k.seq, keys, padded, dim_qk, plan.ld_qk, T(1), to.keys);
-  }
+  if (to.keys_t) pack_transposed(dtype, k.ptr, k_at, keys, padded, dim_qk, to.keys_t, row);
+  if (to.values_t) pack_transposed(dtype, v.ptr, v_at, keys, padded, dim_v, to.values_t, row);
+  if (to.values) pack_rows(dtype, v.ptr, v_at, keys, padded, dim_v, plan.ld_v, T(1), to.values);
+  if (to.keys) pack_rows(dtype, k.ptr, k_at, keys, padded, dim_qk, plan.ld_qk, T(1), to.keys);
 }
 
 /// Where the parts of key `offset` of a block lie.

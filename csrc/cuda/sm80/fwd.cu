@@ -72,6 +72,7 @@ void for_each_branch(const AttnFwd& call, void* workspace,
   p.q = call.q;
   p.cu_seqlens_q = shape.cu_seqlens_q;
   p.cu_seqlens_k = shape.cu_seqlens_k;
+  p.seqused_k = shape.seqused_k;
   p.batch = static_cast<int32_t>(shape.batch);
   p.seqlen_q = static_cast<int32_t>(shape.seqlen_q);
   p.seqlen_k = static_cast<int32_t>(shape.seqlen_k);

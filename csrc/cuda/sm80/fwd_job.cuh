@@ -39,6 +39,7 @@ __device__ __forceinline__ bool make_job(const FwdParams& p, int64_t index, Job&
     seqlen_q = static_cast<int>(p.cu_seqlens_q[b + 1] - start_q);
     job.seqlen_k = static_cast<int>(p.cu_seqlens_k[b + 1] - start_k);
   }
+  if (p.seqused_k) job.seqlen_k = p.seqused_k[b];
   job.tokens = min(p.tile_tokens, seqlen_q - job.first);
   if (job.tokens <= 0) return false;
   job.offset = job.first + job.seqlen_k - seqlen_q;

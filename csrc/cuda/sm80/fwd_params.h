@@ -18,7 +18,7 @@ struct FwdParams {
   InView earlier[2];  // outputs of earlier branches; null: none
   int32_t earlier_branch[2];
   View<int32_t> block_indices;  // (B, Sq, Hkv, n): written (compressed) or read (selected), or null
-  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *seqused_k;
   int32_t batch, seqlen_q, seqlen_k, heads_kv;
   int32_t branch;              // enum Branch
   int32_t group;               // G

@@ -112,6 +112,9 @@ struct AttnShape {
   const int32_t* cu_seqlens_q;  // (B + 1), or null; both or neither
   const int32_t* cu_seqlens_k;  // (B + 1), or null
   double softmax_scale;
+  // (B), or null: Sk of each sequence, at most what seqlen_k or cu_seqlens_k say. Rows behind are
+  // room of a cache, finite and never attended to. Forward only.
+  const int32_t* seqused_k;
 };
 
 /// The three branches of NSA, in the order of `gates`. They differ in the keys that a query sees:
