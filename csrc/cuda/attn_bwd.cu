@@ -158,6 +158,7 @@ void check_aligned(const View& view, const char* name, int64_t batch, int64_t he
 
 void check(const AttnBwd& p) {
   const AttnShape& s = p.shape;
+  if (s.seqused_k) throw std::invalid_argument("the backward takes no seqused_k");
   if (s.heads_q / s.heads_kv > kMaxGroup)
     throw std::invalid_argument("more than 64 query heads to a key-value head");
   if (p.branch[kSelected].enabled && (p.index_count < 1 || p.index_count > kMaxIndexCount))
