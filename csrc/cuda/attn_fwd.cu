@@ -140,17 +140,16 @@ void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend bac
   AttnFwd call = params;
   if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
   const Capability capability = check_call(call);
-  if (backend == Backend::kSm90) {
 #ifdef NSA_EXT_WITH_SM90
-    const std::vector<std::string> reasons =
-        sm90::fwd_unsupported(call, capability.major, capability.minor);
-    if (!reasons.empty()) throw std::invalid_argument(join(reasons));
+  const std::vector<std::string> reasons =
+      sm90::fwd_unsupported(capability.major, capability.minor);
+  if (backend == Backend::kSm90 && !reasons.empty()) throw std::invalid_argument(join(reasons));
+  if (backend != Backend::kSm80 && reasons.empty())
     return sm90::attn_fwd(call, workspace, static_cast<cudaStream_t>(stream));
 #else
-    (void)capability;
-    throw std::invalid_argument("this build has no Hopper forward");
+  (void)capability;
+  if (backend == Backend::kSm90) throw std::invalid_argument("this build has no Hopper forward");
 #endif
-  }
   sm80::attn_fwd(call, workspace, static_cast<cudaStream_t>(stream));
 }
 

@@ -8,35 +8,10 @@
 // within the warp that holds the token's rows (two warps for padded groups of 64).
 #pragma once
 
-#include "cuda/device/ptx.cuh"
-#include "cuda/device/topk.cuh"
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/sm80/fwd_ranking.cuh"
 #include "cuda/sm80/fwd_source.cuh"
 
 namespace nsa::cuda::sm80 {
-
-/// Column sums of a token: 8 from before (a compressed token reaches at most l/d - 1 <= 7 strides
-/// into the next block), then 64 for each tile that is scored at a time.
-inline constexpr int kHalo = 8;
-
-/// Sums v[i] over the lanes that differ in bits 2 .. kSteps + 1. Each step halves what a lane
-/// keeps: of 16 values (n8 tile i / 2, column i % 2) a lane ends with 16 >> kSteps, those of the n8
-/// tiles from the returned one on.
-template <int kSteps, int kStep = 0>
-__device__ __forceinline__ int scatter_sum(float (&v)[16], int lane) {
-  if constexpr (kStep == kSteps) {
-    return 0;
-  } else {
-    constexpr int kHalf = 8 >> kStep, kBit = 4 << kStep;
-    const bool upper = lane & kBit;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float low = v[i], high = v[i + kHalf];
-      v[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, kBit);
-    }
-    return (upper ? kHalf / 2 : 0) + scatter_sum<kSteps, kStep + 1>(v, lane);
-  }
-}
 
 template <int kGroups, int kWarps>
 class Selection {
@@ -63,68 +38,22 @@ class Selection {
     __syncwarp();
   }
 
-  /// The softmax p of tile `tile`, for the warp's kGroups * 16 rows; tiles come in order.
-  __device__ __forceinline__ void observe(int tile, const float (&p)[kGroups][8][4],
-                                          int lane) const {
-    sum_heads(tile, p, lane);
-    advance(tile, lane);
-  }
-  /// observe() in two steps: p is not needed after the first.
+  /// The softmax p of tile `tile`, for the warp's kGroups * 16 rows; tiles come in order. advance()
+  /// follows, which needs p no more.
   __device__ __forceinline__ void sum_heads(int tile, const float (&p)[kGroups][8][4],
                                             int lane) const {
+    const auto store = [&](int slot, int n8, int count, const float (&v)[16]) {
+      if (!shared_token() && slot >= p_.tile_tokens) return;
+      float* columns = tile_columns(tile, slot) + n8 * 8 + (lane & 3) * 2;
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (i < count)
+          *reinterpret_cast<float2*>(columns + i * 8) = make_float2(v[2 * i], v[2 * i + 1]);
+    };
     if (p_.log2_group >= 4) {
-      // Each group of 16 rows is a token, or all groups are heads of one.
-      float v[kGroups][16];
-#pragma unroll
-      for (int m = 0; m < kGroups; ++m) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) v[m][i] = p[m][i / 2][i % 2] + p[m][i / 2][2 + i % 2];
-      }
-      if (p_.log2_group == 4) {
-        int n8 = 0;
-#pragma unroll
-        for (int m = 0; m < kGroups; ++m) n8 = scatter_sum<3>(v[m], lane);
-#pragma unroll
-        for (int m = 0; m < kGroups; ++m) store_columns<3>(tile, first_slot() + m, n8, v[m], lane);
-      } else {
-#pragma unroll
-        for (int m = 1; m < kGroups; ++m) {
-#pragma unroll
-          for (int i = 0; i < 16; ++i) v[0][i] += v[m][i];
-        }
-        const int n8 = scatter_sum<3>(v[0], lane);
-        store_columns<3>(tile, first_slot(), n8, v[0], lane);
-      }
+      sum_heads_large<kGroups>(p_.log2_group, warp_, p, lane, store);
     } else {
-#pragma unroll
-      for (int m = 0; m < kGroups; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float v[16];
-#pragma unroll
-          for (int i = 0; i < 16; ++i) v[i] = p[m][i / 2][2 * half + i % 2];
-          const int row = (warp_ * kGroups + m) * 16 + half * 8 + (lane >> 2);
-          const int token = row >> p_.log2_group;
-          int n8;
-          switch (p_.log2_group) {
-            case 0:
-              n8 = scatter_sum<0>(v, lane);
-              store_columns<0>(tile, token, n8, v, lane);
-              break;
-            case 1:
-              n8 = scatter_sum<1>(v, lane);
-              store_columns<1>(tile, token, n8, v, lane);
-              break;
-            case 2:
-              n8 = scatter_sum<2>(v, lane);
-              store_columns<2>(tile, token, n8, v, lane);
-              break;
-            default:
-              n8 = scatter_sum<3>(v, lane);
-              store_columns<3>(tile, token, n8, v, lane);
-          }
-        }
-      }
+      sum_heads_small<kGroups>(p_.log2_group, warp_, p, lane, store);
     }
   }
   __device__ __forceinline__ void advance(int tile, int lane) const {
@@ -147,7 +76,7 @@ class Selection {
       const int token = first_token() + i;
       if (token >= job_.tokens) break;
       list(token).merge(lane);
-      write_indices(token, lane);
+      write_indices(p_, job_, token, Forced(p_, job_.position(token)), list(token), lane);
     }
   }
 
@@ -163,19 +92,6 @@ class Selection {
   __device__ __forceinline__ float* tile_columns(int tile, int slot) const {
     return slot_columns(slot) + (tile & (score_tiles() - 1)) * kTileKeys;
   }
-
-  /// Forced blocks of a token: [0, init) and [local, own].
-  struct Forced {
-    int own, init, local;
-    __device__ __forceinline__ Forced(const FwdParams& p, int t) {
-      own = max(-1, t >> p.select_shift);
-      init = min(p.config.num_init, own + 1);
-      local = max(init, own + 1 - p.config.num_local);
-    }
-    __device__ __forceinline__ int capacity(int index_count) const {
-      return index_count - init - (own + 1 - local);
-    }
-  };
 
   /// log2 of the compressed tokens that start in a block, and of the blocks of a tile.
   __device__ __forceinline__ int strides_shift() const { return p_.select_shift - p_.stride_shift; }
@@ -207,20 +123,9 @@ class Selection {
     return TopList(lists_ + token * TopList::words(n), n, forced.capacity(n));
   }
 
-  template <int kSteps>
-  __device__ __forceinline__ void store_columns(int tile, int slot, int n8, const float (&v)[16],
-                                                int lane) const {
-    if (!shared_token() && slot >= p_.tile_tokens) return;
-    float* columns = tile_columns(tile, slot) + (lane & 3) * 2;
-#pragma unroll
-    for (int i = 0; i < (8 >> kSteps); ++i)
-      *reinterpret_cast<float2*>(columns + (n8 + i) * 8) = make_float2(v[2 * i], v[2 * i + 1]);
-  }
-
   /// Scores of the blocks that end in the tiles from first_tile on.
   __device__ void score_columns(int first_tile, int lane) const {
     sync_token();
-    const int strides = 1 << strides_shift(), reach = p_.config.block_size >> p_.stride_shift;
     const int blocks = 1 << (blocks_shift() + p_.score_shift);  // per token, a power of two
     const int items = tokens() * blocks;
     for (int base = 0; base < items; base += 32) {
@@ -232,15 +137,13 @@ class Selection {
       bool candidate = false;
       if (item < items && token < job_.tokens) {
         const Forced forced(p_, job_.position(token));
-        candidate = block >= forced.init && block < forced.local;
+        candidate = forced.leaves_open(block);
         if (candidate) {
-          const int slot = shared_token() ? warp_ : token;
-          const float* column = slot_columns(slot) + local_block * strides;
-          for (int k = 1 - reach; k < strides; ++k) {
-            float sum = column[k];
-            if (shared_token()) sum += column[columns(p_) + k];
-            score += sum * static_cast<float>(k < 0 ? reach + k : min(reach, strides - k));
-          }
+          const float* column =
+              slot_columns(shared_token() ? warp_ : token) + (local_block << strides_shift());
+          const int other = shared_token() ? columns(p_) : 0;  // of the token's second warp
+          score = block_score(
+              p_, [&](int k) { return other ? column[k] + column[other + k] : column[k]; });
         }
       }
       keep_best(token, block, candidate, score, min(32, blocks), lane);
@@ -270,38 +173,6 @@ class Selection {
         return;
       }
       list(__shfl_sync(0xffffffffu, token, __ffs(full) - 1)).merge(lane);
-    }
-  }
-
-  /// The forced blocks and the list, ascending, padded with -1.
-  __device__ void write_indices(int token, int lane) const {
-    const View<int32_t>& view = p_.block_indices;
-    int32_t* row = view.ptr + job_.batch * view.batch + (job_.row_q + token) * view.seq +
-                   job_.head_kv * view.head;
-    const Forced forced(p_, job_.position(token));
-    const TopList best = list(token);
-    int chosen = 0;
-    for (int base = 0; base < best.capacity(); base += 32) {
-      const int index = base + lane < best.capacity() ? best.index(base + lane) : -1;
-      chosen += __popc(__ballot_sync(0xffffffffu, index >= 0));
-      if (index < 0) continue;
-      int rank = forced.init;
-      for (int i = 0; i < best.capacity(); ++i) {
-        const int other = best.index(i);
-        rank += other >= 0 && other < index;
-      }
-      row[rank] = index;
-    }
-    const int local_rank = forced.init + chosen;
-    const int total = local_rank + forced.own + 1 - forced.local;
-    for (int i = lane; i < p_.index_count; i += 32) {
-      if (i < forced.init) {
-        row[i] = i;
-      } else if (i >= total) {
-        row[i] = -1;
-      } else if (i >= local_rank) {
-        row[i] = forced.local + i - local_rank;
-      }
     }
   }
 

@@ -8,16 +8,9 @@
 
 namespace nsa::cuda::sm90 {
 
-std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int minor) {
+std::vector<std::string> fwd_unsupported(int major, int minor) {
   std::vector<std::string> reasons;
   if (major != 9 || minor != 0) reasons.push_back("the Hopper kernels need compute capability 9.0");
-  const int64_t group = call.shape.heads_q / call.shape.heads_kv;
-  if (call.branch[kSelected].enabled && call.config.select_size != 64)
-    reasons.push_back("the Hopper kernels gather selected blocks of 64 keys, got " +
-                      std::to_string(call.config.select_size));
-  if (call.branch[kCompressed].enabled && call.block_indices.ptr && group > 16)
-    reasons.push_back("the Hopper kernels rank blocks for G up to 16, got " +
-                      std::to_string(group));
   return reasons;
 }
 

@@ -12,7 +12,7 @@
 namespace nsa::cuda::sm90 {
 
 /// Why these kernels would not take a call that the portable ones take.
-std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int minor);
+std::vector<std::string> fwd_unsupported(int major, int minor);
 
 /// One branch; `shape` gives the extents of the tensors.
 template <class T, int kDk, int kDv>

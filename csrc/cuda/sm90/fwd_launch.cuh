@@ -15,25 +15,44 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     fwd_kernel(const __grid_constant__ FwdArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
   extern __shared__ char smem[];
-  FwdKernel<Shape>(args, smem).run();
+  run_block<Shape>(args, smem);
 #endif
 }
 
+/// Chooses the tokens of a tile and what is kept of the ring beside the walk's own memory; returns
+/// the kernel's shared memory.
 template <class Shape>
-void launch_shape(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream) {
-  // Fewer tokens than the tile has room for where their lists, a 32-bit mask a block, or their
-  // ranking would not fit.
+int64_t plan_shared_memory(FwdArgs& args) {
+  constexpr int64_t kLimit = 227 * 1024;
+  constexpr int kEnough = 4, kLeast = 3;  // a K, a V, and one more underway
+  sm80::FwdParams& p = args.p;
   p.tile_tokens = Shape::kRows >> p.log2_group;
+  // Token membership of a list's block is a 32-bit mask.
   if (Shape::kWalk == Walk::kList) p.tile_tokens = std::min(p.tile_tokens, 32);
   for (;; p.tile_tokens /= 2) {
     p.sort_size = 1;
     while (p.sort_size < p.tile_tokens * p.index_count) p.sort_size *= 2;
-    if (FwdKernel<Shape>::extra_bytes(p) <= Shape::kExtraBytes || p.tile_tokens == 1) break;
+    for (int slots = Shape::kWalk == Walk::kRank ? kMaxColumnSlots : 1; slots >= 1; --slots) {
+      int64_t extra = 0;
+      if (Shape::kWalk == Walk::kList) extra = kListBuffers * BlockList::buffer_bytes(p.sort_size);
+      if (Shape::kWalk == Walk::kRank)
+        extra = slots * Columns<Shape>::tile_bytes(p) + Columns<Shape>::list_bytes(p);
+      const int64_t stages = (kLimit - FwdBlock<Shape>::smem_bytes(0, extra)) / Shape::kTileBytes;
+      if (stages < (slots > 1 ? kEnough : kLeast) && p.tile_tokens > 1) continue;
+      args.column_slots = slots;
+      args.stages = static_cast<int>(std::min<int64_t>(stages, kMaxStages));
+      return FwdBlock<Shape>::smem_bytes(args.stages, extra);
+    }
   }
-  p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);
+}
 
+template <class Shape>
+void launch_shape(const AttnShape& shape, const sm80::FwdParams& params, cudaStream_t stream) {
   FwdArgs args{};
-  args.p = p;
+  args.p = params;
+  const int64_t bytes = plan_shared_memory<Shape>(args);
+  sm80::FwdParams& p = args.p;
+  p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);
   args.jobs = int64_t{p.tiles} * p.batch * p.heads_kv;
   const bool packed = shape.cu_seqlens_q != nullptr;
   const int64_t batch = packed ? 1 : shape.batch;
@@ -62,7 +81,6 @@ void launch_shape(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream
   int device, multiprocessors;
   NSA_CUDA_CHECK(cudaGetDevice(&device));
   NSA_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t bytes = FwdKernel<Shape>::smem_bytes(p);
   auto* kernel = fwd_kernel<Shape>;
   allow_shared_memory(kernel, bytes);
   kernel<<<grid_size(std::min<int64_t>(args.jobs, multiprocessors)), Shape::kThreads, bytes,
@@ -75,7 +93,11 @@ void launch_fwd(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream) 
   if (p.branch == kSelected) {
     launch_shape<FwdShape<T, kDk, kDv, Walk::kList>>(shape, p, stream);
   } else if (p.branch == kCompressed && p.block_indices.ptr != nullptr) {
-    launch_shape<FwdShape<T, kDk, kDv, Walk::kRank>>(shape, p, stream);
+    if (p.log2_group >= 4) {
+      launch_shape<FwdShape<T, kDk, kDv, Walk::kRank, true>>(shape, p, stream);
+    } else {
+      launch_shape<FwdShape<T, kDk, kDv, Walk::kRank, false>>(shape, p, stream);
+    }
   } else {
     launch_shape<FwdShape<T, kDk, kDv, Walk::kRange>>(shape, p, stream);
   }

@@ -1,24 +1,13 @@
 // The blocks that the tokens of a query tile chose, each once, with the tokens that chose it: made
-// by warps of the producer, one job ahead of the consumers, in one of two buffers.
+// by warps of the producer, one job ahead of the consumers, in one of several buffers.
 #pragma once
 
 #include "cuda/sm80/fwd_job.cuh"
 
 namespace nsa::cuda::sm90 {
 
-/// Which of the two buffers comes next, and the parity of its phase.
-struct ListCursor {
-  int buffer = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    parity ^= buffer;
-    buffer ^= 1;
-  }
-};
-
 class BlockList {
  public:
-  static constexpr int kBuffers = 2;
   __host__ __device__ static constexpr int64_t buffer_bytes(int sort_size) {
     return sort_size * 12 + 16;
   }
@@ -30,6 +19,17 @@ class BlockList {
 
   __device__ __forceinline__ int count() const { return *count_; }
   __device__ __forceinline__ int block(int i) const { return static_cast<int>(entries_[i].x); }
+  /// Tiles of 64 keys that a block takes: a block of 32 fills half of one.
+  __device__ __forceinline__ static int tiles_shift(const sm80::FwdParams& p) {
+    return max(0, p.select_shift - 6);
+  }
+  __device__ __forceinline__ int tiles(const sm80::FwdParams& p) const {
+    return count() << tiles_shift(p);
+  }
+  __device__ __forceinline__ int tile_key(const sm80::FwdParams& p, int tile) const {
+    const int shift = tiles_shift(p);
+    return (block(tile >> shift) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
+  }
   /// Bit k: token k of the tile chose it.
   __device__ __forceinline__ uint32_t tokens(int i) const { return entries_[i].y; }
 

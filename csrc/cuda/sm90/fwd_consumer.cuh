@@ -1,0 +1,390 @@
+// A consumer warpgroup: 64 query rows, from the scores to the output, with wgmma.
+#pragma once
+
+#include "cuda/device/softmax.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/sm90/fwd_block.cuh"
+#include "cuda/sm90/fwd_epilogue.cuh"
+#include "cuda/sm90/fwd_list.cuh"
+#include "cuda/sm90/fwd_ranker.cuh"
+
+namespace nsa::cuda::sm90 {
+
+template <class Shape>
+class Consumer {
+  using T = typename Shape::T;
+  using Block = FwdBlock<Shape>;
+  static constexpr int kTileKeys = Shape::kTileKeys, kScores = kTileKeys / 2;
+  static constexpr int kOutputs = Shape::kDimV / 2;
+  static constexpr Walk kWalk = Shape::kWalk;
+
+ public:
+  __device__ __forceinline__ Consumer(const Block& block, int consumer)
+      : block_(block),
+        p(block.p),
+        consumer_(consumer),
+        warp_(consumer * 4 + threadIdx.x % 128 / 32),
+        lane_(threadIdx.x % 32),
+        q_(block.q_tile(consumer)) {}
+
+  __device__ void run() {
+    int64_t index = Block::before_first_job();
+    sm80::Job job;
+    request_q(index);
+    uint32_t parity = 0;
+    while (block_.next_job(index, job)) {
+      Rows rows;
+      const int row = warp_ * 16 + lane_ / 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows.token[half] = (row + 8 * half) >> p.log2_group;
+        const int t = job.position(min(rows.token[half], job.tokens - 1));
+        Range::visible(p, t, rows.lo[half], rows.hi[half]);
+      }
+      float o[kOutputs];
+      OnlineRow stats[2];
+      mbarrier_wait(smem_addr(&block_.barriers.q_full[consumer_]), parity);
+      parity ^= 1;
+      if constexpr (kWalk == Walk::kList) {
+        walk_list(job, rows, o, stats);
+      } else if constexpr (kWalk == Walk::kRange) {
+        walk_range(Range(p, job), rows, o, stats);
+      } else {
+        walk_ranking(Range(p, job), rows, o, stats);
+      }
+      // The warpgroup's last scores are done: its next Q loads while it stores this job's rows.
+      named_barrier_sync(1 + consumer_, 128);
+      request_q(index);
+      write_rows<T, Shape::kDimV, kWalk != Walk::kRank>(p, job, row, o, stats);
+    }
+  }
+
+ private:
+  /// What a thread of a consumer warpgroup knows of its two rows, g and g + 8 of its warp.
+  struct Rows {
+    int token[2], lo[2], hi[2];
+  };
+
+  /// Loads Q of the job after `index`.
+  __device__ __forceinline__ void request_q(int64_t index) const {
+    if (threadIdx.x % 128 != 0) return;
+    sm80::Job next;
+    if (block_.next_job(index, next)) block_.load_q(next, consumer_);
+  }
+
+  __device__ __forceinline__ void wait_full(const Cursor& at) const {
+    Block::wait_full(block_.barriers.full, at);
+  }
+  /// The calling warp is done with a tile; its products with it are waited for.
+  __device__ __forceinline__ void release(const Cursor& at) const {
+    if (lane_ == 0) mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
+  }
+  /// The next tile of the ring.
+  __device__ __forceinline__ Cursor take() {
+    const Cursor at = at_;
+    at_.advance(block_.args.stages);
+    return at;
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Cursor& at) const {
+    const uint32_t tile = block_.tile(at);
+#pragma unroll
+    for (int k = 0; k < Shape::kDimQk / 16; ++k)
+      wgmma_ss<T, kTileKeys>(s, desc_k_major(q_ + k / 4 * 8192 + k % 4 * 32),
+                             desc_k_major(tile + k / 4 * Shape::kPanelBytes + k % 4 * 32), k > 0);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
+                                               const uint32_t (&pack)[kScores / 2],
+                                               const Cursor& at) const {
+    const uint32_t tile = block_.tile(at);
+#pragma unroll
+    for (int k = 0; k < kTileKeys / 16; ++k)
+      wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k,
+                                desc_mn_major(tile + k * 2048, Shape::kPanelBytes));
+    wgmma_commit();
+  }
+
+  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first.
+  __device__ __forceinline__ void mask(float (&s)[kScores], const Rows& rows, int key) const {
+    const bool inside =
+        key >= max(rows.lo[0], rows.lo[1]) && key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
+    if (__all_sync(0xffffffffu, inside)) return;
+    const int column = key + (lane_ % 4) * 2;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const int s_key = column + i / 4 * 8 + (i & 1), half = i / 2 % 2;
+      if (s_key < rows.lo[half] || s_key >= rows.hi[half]) s[i] = negative_infinity();
+    }
+  }
+
+  /// Online softmax of one tile: s becomes exponentials; returns the factors for what came before.
+  __device__ __forceinline__ void exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
+                                               float (&factor)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = s[2 * half];
+#pragma unroll
+      for (int i = 0; i < kScores / 4; ++i)
+        most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
+      float reference, sum = 0.0f;
+      factor[half] = stats[half].raise(quad_max(most), p.scale_log2, reference);
+#pragma unroll
+      for (int i = 0; i < kScores / 4; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[4 * i + 2 * half + c];
+          x = exp2_approx(fmaf(x, p.scale_log2, -reference));
+          sum += x;
+        }
+      }
+      stats[half].sum += sum;
+    }
+  }
+  static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
+  }
+  static __device__ __forceinline__ void rescale(float (&o)[kOutputs], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] *= factor[i / 2 % 2];
+  }
+  static __device__ __forceinline__ void pack(const float (&s)[kScores],
+                                              uint32_t (&packed)[kScores / 2]) {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) packed[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  /// Walks `tiles` tiles of K and V. `softmax(s, j, factor)` turns the scores of tile j into
+  /// weights and gives the factors of what came before. The scores of a tile are computed while the
+  /// weights of the one before meet their V.
+  template <bool kRescale, class Softmax>
+  __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs],
+                                             const Softmax& softmax) {
+    float s[kScores], factor[2];
+    uint32_t packed[kScores / 2];
+    const Cursor first = take();
+    wait_full(first);
+    wgmma_fence();
+    issue_scores(s, first);
+    wgmma_wait<0>();
+    pin(s);
+    release(first);
+    softmax(s, 0, factor);
+    pack(s, packed);
+    for (int j = 1; j < tiles; ++j) {
+      const Cursor k = take(), v = take();
+      wait_full(k);
+      wait_full(v);
+      wgmma_fence();
+      issue_scores(s, k);
+      issue_output(o, packed, v);
+      wgmma_wait<1>();
+      pin(s);
+      release(k);
+      softmax(s, j, factor);
+      wgmma_wait<0>();
+      pin(o);
+      release(v);
+      if constexpr (kRescale) rescale(o, factor);
+      pack(s, packed);
+    }
+    const Cursor last = take();
+    wait_full(last);
+    wgmma_fence();
+    issue_output(o, packed, last);
+    wgmma_wait<0>();
+    pin(o);
+    release(last);
+  }
+
+  __device__ __forceinline__ void walk_range(const Range& range, const Rows& rows,
+                                             float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+    const int tiles = range.tiles(kTileKeys);
+    clear(o);
+    if (tiles == 0) return;
+    walk_pairs<true>(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
+      mask(s, rows, range.begin + j * kTileKeys);
+      exponentials(s, stats, factor);
+    });
+  }
+
+  __device__ __forceinline__ void walk_list(const sm80::Job& job, const Rows& rows,
+                                            float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+    clear(o);
+    Block::wait_full(block_.barriers.list_full, list_);
+    const BlockList blocks(block_.extra(), p.sort_size, list_.slot);
+    const int tiles = blocks.tiles(p), tiles_shift = BlockList::tiles_shift(p);
+    const int keys = min(kTileKeys, p.config.select_size);
+    const int tokens = 64 >> p.log2_group, first = consumer_ * tokens;
+    const uint32_t mine = first < 32 ? (tokens < 32 ? (1u << tokens) - 1 : ~0u) << first : 0;
+    for (int j = 0; j < tiles; ++j) {
+      const Cursor k = take(), v = take();
+      const uint32_t chosen_by = blocks.tokens(j >> tiles_shift);
+      if (chosen_by & mine) {
+        const int key = blocks.tile_key(p, j);
+        float s[kScores];
+        uint32_t packed[kScores / 2];
+        wait_full(k);
+        wgmma_fence();
+        issue_scores(s, k);
+        wgmma_wait<0>();
+        pin(s);
+        release(k);
+        Rows seen = rows;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool chosen = rows.token[half] < 32 && (chosen_by >> rows.token[half] & 1);
+          seen.lo[half] = 0;
+          seen.hi[half] = chosen ? min(key + keys, job.position(rows.token[half]) + 1) : 0;
+        }
+        if (__any_sync(0xffffffffu, max(seen.hi[0], seen.hi[1]) > key)) {
+          float factor[2];
+          mask(s, seen, key);
+          exponentials(s, stats, factor);
+          rescale(o, factor);
+          pack(s, packed);
+        } else {  // another warp's token chose the block
+#pragma unroll
+          for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
+        }
+        wait_full(v);
+        wgmma_fence();
+        issue_output(o, packed, v);
+        wgmma_wait<0>();
+        pin(o);
+        release(v);
+      } else {
+        // A release belongs to the phase of its fill; before that it would count for the fill
+        // before.
+        wait_full(k);
+        release(k);
+        wait_full(v);
+        release(v);
+      }
+    }
+    Block::arrive(block_.barriers.list_empty, list_);
+    list_.advance(kListBuffers);
+  }
+
+  __device__ __forceinline__ void walk_ranking(const Range& range, const Rows& rows,
+                                               float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+    const int tiles = range.tiles(kTileKeys);
+    if (tiles == 0) return clear(o);
+    sum_exponentials(range, tiles, rows, stats);
+    float minus_lse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      stats[half].merge_quad(p.scale_log2);
+      const float lse = stats[half].lse2(p.scale_log2);
+      minus_lse[half] = lse == negative_infinity() ? 0.0f : -lse;
+    }
+    clear(o);  // not before: there are no registers for it beside the scores of two tiles
+    weigh_values(range, tiles, rows, minus_lse, o);
+  }
+
+  /// First pass over the compressed tokens: maximum and sum of each row. The scores of the next
+  /// tile are computed while those of this one are exponentiated.
+  __device__ __forceinline__ void sum_exponentials(const Range& range, int tiles, const Rows& rows,
+                                                   OnlineRow (&stats)[2]) {
+    float even[kScores], odd[kScores];
+    Cursor issued;  // the tile whose scores are underway
+    auto issue = [&](float (&s)[kScores]) {
+      issued = take();
+      wait_full(issued);
+      wgmma_fence();
+      issue_scores(s, issued);
+    };
+    auto finish = [&](float (&s)[kScores], int j) {
+      float factor[2];
+      mask(s, rows, range.begin + j * kTileKeys);
+      exponentials(s, stats, factor);
+    };
+    auto step = [&](float (&now)[kScores], float (&next)[kScores], int j) {
+      const Cursor done = issued;
+      issue(next);
+      wgmma_wait<1>();
+      pin(now);
+      release(done);
+      finish(now, j);
+    };
+    auto last = [&](float (&s)[kScores], int j) {
+      wgmma_wait<0>();
+      pin(s);
+      release(issued);
+      finish(s, j);
+    };
+    issue(even);
+    int j = 0;
+    for (; j + 2 < tiles; j += 2) {
+      step(even, odd, j);
+      step(odd, even, j + 1);
+    }
+    if (j + 1 < tiles) {
+      step(even, odd, j);
+      last(odd, j + 1);
+    } else {
+      last(even, j);
+    }
+  }
+
+  /// Second pass: p = exp(s - lse), its product with V and its share of the importance.
+  __device__ __forceinline__ void weigh_values(const Range& range, int tiles, const Rows& rows,
+                                               const float (&minus_lse)[2], float (&o)[kOutputs]) {
+    auto softmax = [&](float (&s)[kScores], int j, float (&)[2]) {
+      mask(s, rows, range.begin + j * kTileKeys);
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        s[i] = exp2_approx(fmaf(s[i], p.scale_log2, minus_lse[i / 2 % 2]));
+      hand_over_columns(s);
+    };
+    if (p.has_output) return walk_pairs<false>(tiles, o, softmax);
+    float s[kScores], unused[2];
+    for (int j = 0; j < tiles; ++j) {
+      const Cursor k = take();
+      wait_full(k);
+      wgmma_fence();
+      issue_scores(s, k);
+      wgmma_wait<0>();
+      pin(s);
+      release(k);
+      softmax(s, j, unused);
+    }
+  }
+
+  /// The sums over the heads of each token go to the ranking warps.
+  __device__ __forceinline__ void hand_over_columns(const float (&s)[kScores]) {
+    const Columns<Shape> columns(block_);
+    const int slots = Columns<Shape>::slots(p);
+    Block::wait_empty(block_.barriers.columns_empty, columns_at_);
+#pragma unroll
+    for (int part = 0; part < kTileKeys / 64; ++part) {
+      float weights[1][8][4];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) weights[0][i / 4][i % 4] = s[part * 32 + i];
+      const auto store = [&](int slot, int n8, int count, const float (&v)[16]) {
+        if (slot >= slots) return;
+        float* to = columns.at(columns_at_.slot, slot) + part * 64 + n8 * 8 + lane_ % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (i < count)
+            *reinterpret_cast<float2*>(to + i * 8) = make_float2(v[2 * i], v[2 * i + 1]);
+      };
+      if constexpr (Shape::kLargeGroups) {
+        sm80::sum_heads_large<1>(p.log2_group, warp_, weights, lane_, store);
+      } else {
+        sm80::sum_heads_small<1>(p.log2_group, warp_, weights, lane_, store);
+      }
+    }
+    Block::arrive(block_.barriers.columns_full, columns_at_);
+    columns_at_.advance(block_.args.column_slots);
+  }
+
+  const Block& block_;
+  const sm80::FwdParams& p;
+  const int consumer_, warp_, lane_;
+  const uint32_t q_;
+  Cursor at_, list_, columns_at_;
+};
+
+}  // namespace nsa::cuda::sm90
