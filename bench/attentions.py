@@ -86,10 +86,10 @@ def fla() -> Attention:
 
 
 def window(name: str, length: int, size: int) -> Attention:
-    """The window branch alone: of nsa_ext, or torch's flex attention (compiled)."""
+    """(q, k, v) -> out, the window branch alone: nsa_ext's, or torch's flex attention, compiled."""
     if name == "nsa":
         config = nsa_ext.NSAConfig(window=size)
-        return lambda q, k, v, gates, *extra: nsa_ext.window_attn(q, k, v, config=config)
+        return lambda q, k, v: nsa_ext.window_attn(q, k, v, config=config)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def inside(batch, head, query, key):
@@ -98,7 +98,7 @@ def window(name: str, length: int, size: int) -> Attention:
     mask = create_block_mask(inside, None, None, length, length, device="cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def run(q, k, v, gates, *extra):
+    def run(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 

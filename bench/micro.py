@@ -54,6 +54,10 @@ def label(row: dict) -> str:
     return f"  {row['kernel']}/{detail}" if detail else row["kernel"]
 
 
+def rounded(value):
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def table_row(row: dict) -> list:
     if "error" in row:
         return [label(row), row["error"], *[None] * (len(COLUMNS) - 1)]
@@ -84,13 +88,14 @@ def main() -> None:
         results = nsa_bench.run(rest, progress)
     except nsa_bench.UsageError as error:
         parser.error(f"{error}\n\n{nsa_bench.usage()}")
+    rows = [{name: rounded(value) for name, value in row.items()} for row in results["rows"]]
     where = environment("cuda") | {"torch": "none"}
     where |= {k: v for k, v in results["environment"].items() if k not in ("command", "commit")}
     if where["commit"] == "unknown":
         where["commit"] = results["environment"]["commit"]
     print()
-    print_table(["benchmark", *COLUMNS], [table_row(row) for row in results["rows"]])
-    write_results(args.output, results["rows"], where)
+    print_table(["benchmark", *COLUMNS], [table_row(row) for row in rows])
+    write_results(args.output, rows, where)
 
 
 if __name__ == "__main__":

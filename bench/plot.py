@@ -6,12 +6,13 @@ A figure whose rows do not exist yet is left out, and the command says so.
 
 speedup.png   dense attention's time over NSA's, against length: forward, backward, decoding
 branches.png  time of each branch per token, stacked: forward and backward
-memory.png    peak extra memory of a forward+backward against length
+memory.png    peak extra memory against length: forward, forward+backward
 roofline.png  where each kernel stands between the GPU's measured ceilings
 cpu.png       the same on a CPU: speed-up, and memory in multiples of inputs and results
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from common import REPOSITORY, RESULTS, read_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,11 +31,25 @@ INPUTS = {"random": "#2166ac", "coherent": "#1b9e77", "real": "#d95f02"}
 DENSE = {"flash2": ("FlashAttention-2", "-", "#666666"), "cudnn": ("cuDNN", "--", "#999999")}
 BRANCHES = {  # benchmarks that add up to a pass, bottom to top
     "compress": ("compression", "#bdbdbd"),
-    "compressed_select": ("compressed, importance, top-n", "#2166ac"),
-    "compressed": ("compressed", "#2166ac"),
+    "compressed_select": ("compressed (forward: with the selection)", "#2166ac"),
+    "compressed": ("compressed (forward: with the selection)", "#2166ac"),
     "selected": ("selected", "#f4a259"),
     "window": ("window", "#5ab4ac"),
 }
+ROOFLINE = {  # benchmark -> label
+    "compressed": "compressed",
+    "compressed_select": "compressed + selection",
+    "selected": "selected",
+    "window": "window",
+    "compressed_bwd": "compressed, backward",
+    "selected_bwd": "selected, backward",
+    "window_bwd": "window, backward",
+    "decode": "decode",
+}
+LABEL_OFFSETS = (
+    *((7, -3, "left"), (-7, -3, "right"), (7, 6, "left"), (7, -12, "left")),
+    *((-7, 6, "right"), (-7, -12, "right"), (7, 14, "left"), (7, -20, "left")),
+)
 STYLE = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -102,6 +118,10 @@ def ratio_axis(ax: Axes, highest: float) -> None:
     ax.set_ylim(top=max(2.0, highest * 1.25))
 
 
+def heading(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.012, ha="left", fontsize=12)
+
+
 def machine_of(rows: Rows) -> str:
     gpus = rows.values("gpu") or rows.values("machine")
     return ", ".join(gpus)
@@ -146,13 +166,20 @@ def speedup(rows: Rows) -> Figure | None:
         length_axis(ax, sorted(lengths)[:: max(1, len(lengths) // 5)])
         ratio_axis(ax, highest)
         ax.set_title({"decode": "decode, one token"}.get(name, name))
-    axes[0][0].set_ylabel("speed-up over dense attention")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=min(3, len(labels)))
+    half = len(labels) // 2  # a column for each kind of inputs: FlashAttention-2 above cuDNN
+    order = [i for pair in zip(range(half), range(half, 2 * half), strict=True) for i in pair]
+    order = order if len(labels) == 2 * half else range(len(labels))
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="lower center",
+        ncol=-(-len(labels) // 2),
+    )
     if len(panels) == 3:
         axes[0][2].legend(loc="upper left", fontsize=8)
-    figure.suptitle(f"Faster than dense attention by: {machine_of(operator)}", x=0.01, ha="left")
-    figure.tight_layout(rect=(0, 0.04 + 0.055 * -(-len(labels) // 3), 1, 1))
+    heading(figure, f"Speed-up over dense attention, {machine_of(operator)}")
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     return figure
 
 
@@ -166,7 +193,8 @@ def branches(rows: Rows) -> Figure | None:
     )
     if not forward or not backward:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.0))
+    legend = {}
     for ax, part, suffix, title in (
         (axes[0], forward, "", "forward"),
         (axes[1], backward, "_bwd", "backward"),
@@ -178,54 +206,113 @@ def branches(rows: Rows) -> Figure | None:
         for name in names:
             label, color = BRANCHES[name]
             heights = [1e6 * times[name][n] / n for n in lengths]
-            ax.bar(range(len(lengths)), heights, 0.7, bottom=bottom, color=color, label=label,
-                   edgecolor="white", linewidth=0.6)  # fmt: skip
+            bars = ax.bar(range(len(lengths)), heights, 0.62, bottom=bottom, color=color,
+                          edgecolor="white", linewidth=0.6)  # fmt: skip
+            legend.setdefault(label, bars[0])
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        compression = times.get("compress", {})
+        whole = {n: ms + compression.get(n, 0.0)
+                 for n, ms in micro.where(kernel=title).by_length().items()}  # fmt: skip
+        tops = []
         for i, (height, n) in enumerate(zip(bottom, lengths, strict=True)):
-            total = height * n / 1e6
-            ax.text(i, height, f"{total:.3g} ms", ha="center", va="bottom", fontsize=8.5)
+            if n in whole:
+                level = 1e6 * whole[n] / n
+                line = ax.hlines(level, i - 0.4, i + 0.4, color="black", linewidth=1.6)
+                legend.setdefault("all in one call", line)
+                height = max(height, level)
+            time = whole.get(n, bottom[i] * n / 1e6)
+            ax.text(i, height, f"{time:.3g} ms", ha="center", va="bottom", fontsize=9)
+            tops.append(height)
         ax.set_xticks(range(len(lengths)), [length_text(n) for n in lengths])
         ax.grid(axis="x", visible=False)
         ax.set_xlabel("tokens")
         ax.set_title(title)
-        ax.margins(y=0.1)
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(handles[::-1], labels[::-1], loc="upper left")
-        ax.set_ylim(top=max(bottom) * 1.45)
+        ax.set_ylim(top=max(tops) * 1.12)
     axes[0].set_ylabel("nanoseconds per token")
-    figure.suptitle(f"Time by branch, random inputs: {machine_of(micro)}", x=0.01, ha="left")
-    figure.tight_layout()
+    figure.legend(legend.values(), legend.keys(), loc="lower center", ncol=3)
+    heading(figure, f"Time of each branch by itself, random inputs, {machine_of(micro)}")
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     return figure
 
 
 def memory(rows: Rows) -> Figure | None:
-    part = rows.where(what="operator", **{"pass": "forward+backward"})
+    passes = ("forward", "forward+backward")
+    part = rows.where(what="operator", impl={"nsa", *DENSE}, **{"pass": set(passes)})
     part = Rows([row for row in part.rows if row.get("peak_extra_gb")])
-    if not part.where(impl="nsa"):
+    if set(part.values("impl")) != {"nsa", *DENSE}:
         return None
-    figure, ax = plt.subplots(figsize=(WIDTH * 0.62, 3.6))
-    lengths = set()
-    for name, (label, line, color) in {"nsa": ("NSA", "-", INPUTS["random"]), **DENSE}.items():
-        points = part.where(impl=name, inputs=part.values("inputs")[0]).by_length("peak_extra_gb")
-        if points:
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
+    for ax, name in zip(axes, passes, strict=True):
+        here, lengths = part.where(**{"pass": name}), set()
+        for impl, (label, line, color) in {"nsa": ("NSA", "-", INPUTS["random"]), **DENSE}.items():
+            ours = here.where(impl=impl)
+            points = ours.where(inputs=ours.values("inputs")[0]).by_length("peak_extra_gb")
             ax.plot(*zip(*points.items(), strict=True), line, marker="o", color=color, label=label)
             lengths |= set(points)
-    length_axis(ax, sorted(lengths))
-    ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    ax.set_ylabel("GB beyond the inputs")
-    ax.set_title(f"Peak memory of a forward+backward: {machine_of(part)}")
-    ax.legend()
+        length_axis(ax, sorted(lengths))
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.set_title(name)
+    axes[0].set_ylabel("GB beyond the inputs")
+    axes[0].legend()
+    heading(figure, f"Peak memory, results included, {machine_of(part)}")
     figure.tight_layout()
     return figure
 
 
+def place_labels(ax: Axes, points: list[tuple[float, float, str]], taken: list[Bbox]) -> None:
+    """A label beside each point, inside of the axes, where it covers nothing that is `taken`."""
+    pixels = [ax.transData.transform((x, y)) for x, y, _ in points]
+    taken = taken + [Bbox.from_bounds(px - 7, py - 7, 14, 14) for px, py in pixels]
+    inside = ax.get_window_extent()
+    for x, y, text in points:
+        for dx, dy, align in LABEL_OFFSETS:
+            label = ax.annotate(
+                text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=align, fontsize=9
+            )
+            box = label.get_window_extent()
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1
+            if fits and not any(box.overlaps(other) for other in taken):
+                break
+            if (dx, dy, align) != LABEL_OFFSETS[-1]:
+                label.remove()
+        taken.append(box)
+
+
+def draw_roofs(ax: Axes, matmul: float, copy: float, gather: float) -> list[Bbox]:
+    """The ceilings, TFLOP/s and TB/s, with their names; returns what they cover."""
+    low, high = ax.get_xlim()
+    taken = []
+    for rate, text, color, share in (
+        (copy, "device memory", "#888888", 0.72),
+        (gather, "32 KB blocks from L2", "#b8860b", 0.62),
+    ):
+        knee = matmul / rate
+        ax.plot([low, knee], [low * rate, matmul], color=color, linewidth=1.4)
+        start, end = (ax.transData.transform((x, x * rate)) for x in (low, knee))
+        angle = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
+        x = low * (knee / low) ** share
+        label = ax.annotate(
+            f"{text}, {rate:.1f} TB/s", (x, x * rate), xytext=(-4, 4), textcoords="offset points",
+            rotation=angle, rotation_mode="anchor", ha="center", va="bottom", fontsize=9,
+            color=color,
+        )  # fmt: skip
+        taken.append(label.get_window_extent())
+        for i in range(200):
+            px, py = start + (end - start) * i / 200
+            taken.append(Bbox.from_bounds(px - 2, py - 2, 4, 4))
+    ax.plot([matmul / gather, high], [matmul] * 2, color="#444444", linewidth=1.4)
+    ax.text(high, matmul * 1.06, f"matrix product, {matmul:.0f} TFLOP/s ",
+            ha="right", va="bottom", fontsize=9, color="#444444")  # fmt: skip
+    return taken
+
+
 def roofline(rows: Rows) -> Figure | None:
-    """Whole operators at the longest length; gathered traffic counts where there is any."""
+    """Single branches and decoding at the longest length; gathered traffic where there is any."""
     ceilings = Rows([row for row in rows.rows if str(row.get("kernel")).startswith("ceiling_")])
-    points = Rows([row for row in rows.rows if row.get("kernel") and row.get("tflops")
-                   and row.get("tbps") and not row.get("part")])  # fmt: skip
-    points = points.where(l2="warm", batch=1, head_dim=128, head_dim_v=128)
+    points = Rows([row for row in rows.rows if row.get("tflops") and not row.get("part")])
+    points = points.where(kernel=set(ROOFLINE), l2="warm", head_dim=128, head_dim_v=128)
+    points = Rows([r for r in points.rows if r["batch"] == 1 or r["kernel"] == "decode"])
     if not ceilings or not points:
         return None
     best = {
@@ -234,44 +321,30 @@ def roofline(rows: Rows) -> Figure | None:
     }
     length = max(points.values("seqlen"))
     points = points.where(seqlen=length)
-    figure, ax = plt.subplots(figsize=(WIDTH, 4.6))
-    low, high = 8.0, 3e4
-    for kind, text, color in (
-        ("copy", "device memory", "#888888"),
-        ("gather", "32 KB blocks from L2", "#c9a227"),
-    ):
-        knee = best["matmul"] / best[kind]
-        ax.plot([low, knee], [low * best[kind], best["matmul"]], color=color, linewidth=1.4)
-        ax.text(low * 1.08, low * best[kind] * 1.2, f"{text}, {best[kind]:.1f} TB/s", color=color,
-                rotation_mode="anchor", fontsize=9, va="bottom", rotation=0)  # fmt: skip
-    knee = best["matmul"] / best["gather"]
-    ax.plot([knee, high], [best["matmul"]] * 2, color="#444444", linewidth=1.4)
-    ax.text(high, best["matmul"] * 1.06, f"matrix product, {best['matmul']:.0f} TFLOP/s",
-            ha="right", va="bottom", fontsize=9, color="#444444")  # fmt: skip
-    seen = set()
-    for row in points.rows:
-        moved = row.get("gather_gbytes") or row["gbytes"]
-        intensity = row["gflop"] / moved
-        kind, backward = (
-            row["inputs"],
-            row["kernel"].endswith("_bwd") or row["kernel"] == "backward",
-        )
-        ax.scatter(intensity, row["tflops"], s=42, color=INPUTS.get(kind, "#7570b3"),
-                   marker="s" if backward else "o", zorder=3)  # fmt: skip
-        seen.add(kind)
-        ax.annotate(row["kernel"], (intensity, row["tflops"]), xytext=(6, -3),
-                    textcoords="offset points", fontsize=8.5)  # fmt: skip
-    for kind in seen:
-        ax.scatter([], [], s=42, color=INPUTS.get(kind, "#7570b3"), label=f"{kind} inputs")
-    ax.scatter([], [], s=42, color="#777777", marker="s", label="backward")
+    figure, ax = plt.subplots(figsize=(WIDTH, 4.8))
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xlim(low, high)
-    ax.set_xlabel("useful FLOP per byte (of memory; of block loads where blocks are gathered)")
+    ax.set_xlim(6, 2e4)
+    ax.set_ylim(min(20.0, *(row["tflops"] / 2 for row in points.rows)), best["matmul"] * 1.8)
+    ax.set_xlabel("useful FLOP per byte of memory (selected: per byte of blocks, nothing shared)")
     ax.set_ylabel("useful TFLOP/s")
-    ax.set_title(f"{length_text(length)} tokens: {machine_of(points)}")
-    ax.legend(loc="lower right")
+    heading(figure, f"Kernels between the ceilings, {length_text(length)} tokens, "
+                    f"{machine_of(points)}")  # fmt: skip
+    seen, labels = {}, {}
+    for row in points.rows:
+        moved = row.get("gather_gbytes") or row["gbytes"]
+        x, y, kind = row["gflop"] / moved, row["tflops"], row["inputs"]
+        marker = "s" if row["kernel"].endswith("_bwd") else "o"
+        seen[kind] = ax.scatter(x, y, s=42, color=INPUTS[kind], marker=marker, zorder=3)
+        batch = f", batch {row['batch']}" if row["kernel"] == "decode" else ""
+        labels.setdefault(ROOFLINE[row["kernel"]] + batch, (x, y))
+    handles = {f"{kind} inputs": seen[kind] for kind in INPUTS if kind in seen}
+    handles["backward"] = ax.scatter([], [], s=42, color="#777777", marker="s")
+    ax.legend(handles.values(), handles.keys(), loc="lower right")
     figure.tight_layout()
+    figure.canvas.draw()
+    taken = draw_roofs(ax, best["matmul"], best["copy"], best["gather"])
+    place_labels(ax, [(x, y, text) for text, (x, y) in labels.items()], taken)
     return figure
 
 
@@ -304,7 +377,7 @@ def cpu(rows: Rows) -> Figure | None:
     axes[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes[1].set_title("peak memory of a forward+backward, MiB")
     axes[1].legend(loc="upper left")
-    figure.suptitle(f"CPU: {machine_of(part)}, float32", x=0.01, ha="left")
+    heading(figure, f"CPU: {machine_of(part)}, float32")
     figure.tight_layout()
     return figure
 

@@ -231,7 +231,9 @@ void gather_rows(Timer& timer, const Effort& effort, std::vector<Row>& rows) {
 }
 
 void matmul_rows(Timer& timer, const Effort& effort, std::vector<Row>& rows) {
-  const int blocks = 2 * multiprocessors(), iterations = 2000;
+  // About 50 ms a launch: in bursts of 5 ms an H100 keeps its highest clock and shows 958 TFLOP/s,
+  // which no kernel that runs for long can reach.
+  const int blocks = 2 * multiprocessors(), iterations = 20000;
   const Buffer sink(sizeof(float)), flag(sizeof(int));
   NSA_BENCH_CHECK(cudaMemset(flag.ptr(), 0, sizeof(int)));
   const auto add = [&](const char* variant, double products, const Launch& launch) {

@@ -104,7 +104,8 @@ Cost cost_of(const Case& c, const BlockConfig& config) {
     const double rows = size.kv_cmp / ((dk + dv) * kElement);
     const double flops = 2 * rows * phi_products(c, config);
     if (name == "compress") return {flops, size.kv + size.kv_cmp, 0};
-    return {2 * flops, 2 * size.kv + size.kv_cmp, 0};
+    // The gradient of a mean does not depend on what was averaged.
+    return {2 * flops, (c.compress == "mean" ? 1 : 2) * size.kv + size.kv_cmp, 0};
   }
   if (name == "compressed") return {forward, size.q + size.kv_cmp + branch, 0};
   if (name == "compressed_select")
