@@ -62,4 +62,17 @@ Tensor8 sparse_attn_bwd(Tensor dout, Tensor q, Tensor k_cmp, Tensor v_cmp, Tenso
                         int64_t max_seqlen_k, std::vector<int64_t> config, double softmax_scale,
                         bool deterministic);
 
+Tensor3 cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
+                     OptTensor counts, OptTensor block_table, int64_t num_pages,
+                     std::vector<int64_t> config);
+void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
+                  OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
+                  Tensor tail_v, Tensor steps, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
+                  Tensor k_raw, Tensor v_raw, Tensor k_cmp, Tensor v_cmp, OptTensor block_table,
+                  OptTensor rope_inv_freq, std::vector<int64_t> config);
+Tensor2 decode_fwd(Tensor q, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor k_pages, Tensor v_pages,
+                   OptTensor k_win_pages, OptTensor v_win_pages, Tensor gates, Tensor seqlens,
+                   OptTensor block_table, std::vector<int64_t> config, double softmax_scale);
+int64_t max_decode_rows();
+
 }  // namespace nsa::binding

@@ -1,5 +1,5 @@
-// Schemas and registration. Functional, never returning scratch; an absent optional result has
-// shape (0,). Fake kernels and autograd are registered in nsa_ext/_ops.py.
+// Schemas and registration. Functional but for cache_append, never returning scratch; an absent
+// optional result has shape (0,). Fake kernels and autograd are registered in nsa_ext/_ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/ops.h"
@@ -55,6 +55,23 @@ STABLE_TORCH_LIBRARY(nsa_ext, m) {
       ") -> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_slc, Tensor dv_slc, Tensor dk_win, "
       "Tensor dv_win, "
       "Tensor dgates)");
+  // What cache_gather hands to cache_append: `steps`, by sequence its length, the tokens taken and
+  // those offered.
+  m.def(
+      "cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state, Tensor? "
+      "counts, Tensor? block_table, SymInt num_pages, int[] config) -> (Tensor k_rows, Tensor "
+      "v_rows, Tensor steps)");
+  m.def(
+      "cache_append(Tensor(a!) state, Tensor(b!) k_pages, Tensor(c!) v_pages, Tensor(d!)? "
+      "k_win_pages, Tensor(e!)? v_win_pages, Tensor(f!) k_cmp_pages, Tensor(g!) v_cmp_pages, "
+      "Tensor(h!) tail_k, Tensor(i!) tail_v, Tensor steps, Tensor k, Tensor v, Tensor? k_win, "
+      "Tensor? v_win, Tensor k_raw, Tensor v_raw, Tensor k_cmp, Tensor v_cmp, Tensor? "
+      "block_table, Tensor? rope_inv_freq, int[] config) -> ()");
+  m.def(
+      "decode_fwd(Tensor q, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor k_pages, Tensor "
+      "v_pages, Tensor? k_win_pages, Tensor? v_win_pages, Tensor gates, Tensor seqlens, Tensor? "
+      "block_table, int[] config, float softmax_scale) -> (Tensor out, Tensor block_indices)");
+  m.def("max_decode_rows() -> int");
   m.def("build_info() -> str");
   m.def("set_cuda_backend(str name) -> str");
   m.def(
@@ -80,6 +97,9 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
   m.impl("window_attn_bwd", TORCH_BOX(&window_attn_bwd));
   m.impl("sparse_attn_fwd", TORCH_BOX(&sparse_attn_fwd));
   m.impl("sparse_attn_bwd", TORCH_BOX(&sparse_attn_bwd));
+  m.impl("cache_gather", TORCH_BOX(&cache_gather));
+  m.impl("cache_append", TORCH_BOX(&cache_append));
+  m.impl("decode_fwd", TORCH_BOX(&decode_fwd));
 }
 
 }  // namespace
@@ -93,6 +113,7 @@ STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CUDA, m) { register_kernels(m); }
 STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CompositeExplicitAutograd, m) {
   using namespace nsa::binding;
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("max_decode_rows", TORCH_BOX(&max_decode_rows));
   m.impl("set_cuda_backend", TORCH_BOX(&set_cuda_backend));
   m.impl("supports", TORCH_BOX(&supports));
 }

@@ -18,6 +18,10 @@ struct PagedView {
   int64_t page = 0, seq = 0, head = 0;  // strides in elements; rows contiguous
 };
 
+/// Rows T * G of one kv head up to which decode_fwd is the way; longer chunks are attn_fwd's, with
+/// seqused_k.
+inline constexpr int64_t kMaxDecodeRows = 64;
+
 /// Key s of sequence b is row s % l' of its page s / l', compressed token c row c % (l'/d) of its
 /// page c / (l'/d): the same page. Table entries of pages that hold no key are never read. A query
 /// at a negative position sees no key: out = 0, block_indices -1.
