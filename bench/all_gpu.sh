@@ -3,7 +3,7 @@
 #
 #   bench/all_gpu.sh [FOLDER]      results into FOLDER, default bench/results
 #   QUICK=1 bench/all_gpu.sh DIR   a rehearsal: few lengths, few repeats, about a minute and a half
-#   STEPS="micro decode" ...       some of: micro operator layer decode selection
+#   STEPS="micro decode" ...       some of: micro operator peers layer decode selection
 #
 # Needs nsa_ext with its CUDA kernels, and for the step micro the module nsa_bench (bench/micro.py
 # says how to build it) in $MODULE, default build/cpp/bench/cpp. Every step runs under a time limit;
@@ -15,17 +15,18 @@ cd "$(dirname "$0")/.."
 out=${1:-bench/results}
 module=${MODULE:-build/cpp/bench/cpp}
 python=${PYTHON:-python3}
-steps=${STEPS:-micro operator layer decode selection}
+steps=${STEPS:-micro operator peers layer decode selection}
 checkpoint=${CHECKPOINT:-runs/bench/nsa.pt}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 lengths="1024 2048 4096 8192 16384 32768 65536 131072 262144"
 layer_lengths="4096 16384 65536"
+peer_lengths="16384 65536"
 decode_lengths="8192 16384 32768 65536 131072"
 micro_lengths=8k,16k,32k,64k
 long=64k seconds=2 micro_seconds=0.3 train=300
 if [ "${QUICK:-0}" = 1 ]; then
-  lengths="1024 4096 16384" layer_lengths="4096" decode_lengths="8192" micro_lengths=4k,16k
+  lengths="1024 4096 16384" layer_lengths="4096" peer_lengths="4096" decode_lengths="8192" micro_lengths=4k,16k
   long=16k seconds=0.3 micro_seconds=0.1 train=20
 fi
 
@@ -62,6 +63,10 @@ fi
 if wants operator; then
   limited operator 300 "$python" bench/run.py operator window --output "$out/gpu.json" \
     --inputs random coherent real --lengths $lengths --max-seconds "$seconds" "${real[@]}"
+fi
+if wants peers; then  # flash-linear-attention, where it is installed
+  limited peers 60 "$python" bench/run.py operator --output "$out/peers.json" --impl fla \
+    --inputs random --lengths $peer_lengths --max-seconds "$seconds"
 fi
 if wants selection; then
   limited selection 60 "$python" bench/real.py --output "$out/selection.json" \

@@ -1,6 +1,7 @@
 """What bench/run.py times: NSA and its baselines as functions (q, k, v, gates) -> out."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import nsa_ext
 
 Attention = Callable[..., torch.Tensor]
+FLA_WINDOW = importlib.util.find_spec("flash_attn") is not None
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 
 
@@ -65,7 +67,8 @@ def dense(name: str) -> Attention:
 
 
 def fla() -> Attention:
-    """flash-linear-attention. Its compression blocks are its selection blocks: l = d = l' = 64."""
+    """flash-linear-attention. Its compression blocks are its selection blocks, l = d = l' = 64, and
+    its window is that of the package flash-attn: left out where that is missing (FLA_WINDOW)."""
     from fla.ops.nsa import parallel_nsa
 
     def run(q, k, v, gates, *extra):
@@ -77,9 +80,9 @@ def fla() -> Attention:
             g_cmp=g_cmp,
             g_slc=g_slc,
             g_swa=g_win,
-            block_count=16,
+            block_counts=16,
             block_size=64,
-            window_size=512,
+            window_size=512 if FLA_WINDOW else 0,
         )
 
     return run

@@ -132,6 +132,8 @@ def run_operator(meter: Meter, args: argparse.Namespace) -> None:
                 row |= {"seqlen": length, **shape_of(args)}
                 if name not in DENSE:
                     row |= {"neighbours_share": round(share, 3), **inputs.notes}
+                if name == "fla":
+                    row |= {"window": attentions.FLA_WINDOW}
                 call = attentions.implementation(name, inputs, args.deterministic)
                 weights = list(inputs.compress.parameters()) if name.startswith("nsa") else []
                 leaves = inputs.tensors if name.startswith("nsa") else inputs.tensors[:4]
