@@ -17,7 +17,9 @@ module=${MODULE:-build/cpp/bench/cpp}
 python=${PYTHON:-python3}
 steps=${STEPS:-micro operator peers layer decode selection}
 checkpoint=${CHECKPOINT:-runs/bench/nsa.pt}
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+# A library named by hand goes with the Python sources here; else nsa_ext is installed.
+if [ -n "${NSA_EXT_LIBRARY:-}" ]; then export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"; fi
 
 lengths="1024 2048 4096 8192 16384 32768 65536 131072 262144"
 layer_lengths="4096 16384 65536"

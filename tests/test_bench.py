@@ -1,6 +1,7 @@
 """The benchmark scripts: statistics, result files, comparison, figures. No time is asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -381,6 +382,19 @@ def test_gpu_sweep_says_that_there_is_no_gpu():
     assert done.returncode == 2 and "no CUDA device" in done.stderr
     done = script(BENCH / "run.py", "operators")
     assert done.returncode == 2 and "expected of operator" in done.stderr
+
+
+def test_all_gpu_runs_the_steps_that_it_is_told(tmp_path):
+    def run(steps):
+        command = ["bash", str(BENCH / "all_gpu.sh"), str(tmp_path)]
+        environment = {**os.environ, "STEPS": steps, "PYTHON": "false"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = run("nothing")
+    assert done.returncode == 0 and done.stdout == ""
+    done = run("decode")
+    assert done.returncode == 1
+    assert "bench/run.py decode" in done.stdout and "decode: FAILED" in done.stdout
 
 
 def test_micro_says_how_to_build_its_module(tmp_path):

@@ -115,13 +115,13 @@ Cost cost_of(const Case& c, const BlockConfig& config) {
   if (name == "selected") return {forward, size.q + size.kv + branch + size.indices, gather};
   if (name == "window") return {forward, size.q + size.kv + branch, 0};
   if (name == "forward")
-    return {forward, size.q + size.kv + size.kv_cmp + size.gates + size.out + size.indices, gather};
+    return {forward, size.q + size.kv + size.kv_cmp + size.gates + size.out + size.indices, 0};
   if (name == "compressed_bwd") return {backward, saved + branch + 2 * size.kv_cmp, 0};
   if (name == "selected_bwd")
     return {backward, saved + branch + 2 * size.kv + size.indices, gather_bwd};
   if (name == "window_bwd") return {backward, saved + branch + 2 * size.kv, 0};
   return {backward, saved + 3 * branch + 2 * (size.kv + size.kv_cmp + size.gates) + size.indices,
-          gather_bwd};
+          0};
 }
 
 double part_flops(const Case& c, const BlockConfig& config, const std::string& part) {

@@ -8,10 +8,11 @@ namespace nsa::bench {
 /// Counted over the (query, key) pairs that the definition lets through (docs/semantics.md), never
 /// over the padding or the second passes of an implementation.
 struct Cost {
-  double flops = 0;   // 2 per multiply-add of the matrix products
-  double bytes = 0;   // every input once, every result once
-  double gather = 0;  // K and V of its blocks for each query and kv head, shared with no other
-                      // query; in the backward also Q and dO of its queries for each block
+  double flops = 0;  // 2 per multiply-add of the matrix products
+  double bytes = 0;  // every input once, every result once
+  // Of the selected branch by itself: K and V of its blocks for each query and kv head, shared with
+  // no other query; in the backward also Q and dO of its queries for each block.
+  double gather = 0;
 };
 
 /// (query, key) pairs of one query head of one sequence.
