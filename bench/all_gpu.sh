@@ -3,7 +3,7 @@
 #
 #   bench/all_gpu.sh [FOLDER]      results into FOLDER, default bench/results
 #   QUICK=1 bench/all_gpu.sh DIR   a rehearsal: few lengths, few repeats, about a minute and a half
-#   STEPS="micro decode" ...       some of: micro operator peers layer decode selection
+#   STEPS="micro decode" ...       some of: micro operator window peers layer decode selection
 #
 # Needs nsa_ext with its CUDA kernels, and for the step micro the module nsa_bench (bench/micro.py
 # says how to build it) in $MODULE, default build/cpp/bench/cpp. Every step runs under a time limit;
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 out=${1:-bench/results}
 module=${MODULE:-build/cpp/bench/cpp}
 python=${PYTHON:-python3}
-steps=${STEPS:-micro operator peers layer decode selection}
+steps=${STEPS:-micro operator window peers layer decode selection}
 checkpoint=${CHECKPOINT:-runs/bench/nsa.pt}
 export PYTHONUNBUFFERED=1
 # A library named by hand goes with the Python sources here; else nsa_ext is installed.
@@ -63,8 +63,12 @@ if wants micro; then
     decode --lengths 16k,64k --batches 1,8,32 --no-ceilings
 fi
 if wants operator; then
-  limited operator 300 "$python" bench/run.py operator window --output "$out/gpu.json" \
+  limited operator 300 "$python" bench/run.py operator --output "$out/gpu.json" \
     --inputs random coherent real --lengths $lengths --max-seconds "$seconds" "${real[@]}"
+fi
+if wants window; then # flex attention compiles anew for every length
+  limited window 80 "$python" bench/run.py window --output "$out/window.json" \
+    --inputs random --lengths $layer_lengths --max-seconds "$seconds"
 fi
 if wants peers; then  # flash-linear-attention, where it is installed
   limited peers 60 "$python" bench/run.py operator --output "$out/peers.json" --impl fla \
