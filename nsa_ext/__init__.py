@@ -2,8 +2,10 @@
 
 from . import reference
 from .attention import NSAAttention
+from .cache import NSACache
 from .compressor import KVCompressor
 from .config import NSAConfig
+from .decode import sparse_attn_with_kvcache
 from .functional import (
     compress_kv,
     compressed_attn,
@@ -17,6 +19,7 @@ from .info import build_info, cuda_backend, supports
 __all__ = [
     "KVCompressor",
     "NSAAttention",
+    "NSACache",
     "NSAConfig",
     "build_info",
     "compress_kv",
@@ -26,6 +29,7 @@ __all__ = [
     "select_blocks",
     "selected_attn",
     "sparse_attn",
+    "sparse_attn_with_kvcache",
     "supports",
     "window_attn",
 ]

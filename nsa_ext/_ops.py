@@ -1,8 +1,8 @@
 """Loads the compiled library and gives its operators fake kernels and derivatives.
 
 The operators are ``torch.ops.nsa_ext.*``; their schemas and CPU and CUDA kernels are registered in
-C++ (csrc/torch). They return freshly allocated contiguous tensors; an optional result that does
-not exist has shape (0,).
+C++ (csrc/torch). They return freshly allocated contiguous tensors, but for cache_append, which
+changes its arguments; an optional result that does not exist has shape (0,).
 """
 
 from __future__ import annotations
@@ -150,6 +150,30 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_q, cu_k, max_q, max
         _new_lse(q, branches),
         _new_block_indices(q, k_slc, config),
     )
+
+
+@_fake("cache_gather")
+def _(k, v, tail_k, tail_v, state, counts, block_table, num_pages, config):
+    block_size, block_stride = config[:2]
+    blocks = -(-k.shape[1] // block_stride)
+    rows = (blocks - 1) * block_stride + block_size if k.shape[1] else 0
+    batch, _, num_heads, _ = k.shape
+    return (
+        k.new_empty(batch, rows, num_heads, k.shape[-1]),
+        v.new_empty(batch, rows, num_heads, v.shape[-1]),
+        state.new_empty(batch, 3),
+    )
+
+
+@_fake("cache_append")
+def _(*args):
+    return None
+
+
+@_fake("decode_fwd")
+def _(q, k_cmp_pages, v_cmp_pages, k_pages, v_pages, k_win_pages, v_win_pages, gates, seqlens,
+      block_table, config, softmax_scale):  # fmt: skip
+    return _new_out(q, v_pages), _new_block_indices(q, k_pages, config)
 
 
 @_fake("sparse_attn_bwd")

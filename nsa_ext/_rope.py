@@ -18,12 +18,16 @@ def packed_positions(starts: Tensor, rows: int) -> Tensor:
     return row - starts[sequence]
 
 
-def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """cos and sin of position * theta**(-2i / dim): (2, rows, 1, dim / 2), float32 or, for float64,
-    float64."""
+def inverse_frequencies(dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """theta**(-2i / dim): (dim / 2,), float32 or, for float64, float64."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim
-    angle = positions.to(dtype)[:, None, None] * theta**-exponent
+    exponent = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
+    return theta**-exponent
+
+
+def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """cos and sin of position * inv_freq, of (..., rows) positions: (2, ..., rows, 1, dim / 2)."""
+    angle = positions.to(inv_freq.dtype)[..., None, None] * inv_freq
     return torch.stack([angle.cos(), angle.sin()])
 
 

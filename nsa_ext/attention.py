@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +14,11 @@ from ._checks import (
     check_number,
     check_parameter_dtype,
 )
-from ._rope import packed_positions, rotary_table, rotate
+from ._rope import inverse_frequencies, packed_positions, rotary_table, rotate
+from .cache import NSACache
 from .compressor import KVCompressor
 from .config import DEFAULT_CONFIG, NSAConfig
+from .decode import sparse_attn_with_kvcache
 from .functional import sparse_attn
 
 
@@ -113,25 +117,36 @@ class NSAAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        *,
+        cache: NSACache | None = None,
+        counts: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            x: (B, S, dim), packed (total, dim).
+            x: (B, S, dim), packed (total, dim); with a cache (B, T, dim), the new tokens.
             cu_seqlens: int32 (B + 1,), row offsets of the packed sequences.
             max_seqlen: their greatest length; required where cu_seqlens is on a GPU.
+            cache: what :meth:`new_cache` made, this layer's own: x goes on from the tokens that it
+                holds, and is added to them. Carries no gradient.
+            counts: as in :meth:`NSACache.append`.
 
         Returns:
             The shape of x.
         """
         self._check_x(x, cu_seqlens)
+        if cache is not None:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens: expected None with a cache, got a tensor")
+            return self._forward_cached(x, cache, counts)
+        if counts is not None:
+            raise ValueError("counts: expected None without a cache")
         if cu_seqlens is not None:
             max_seqlen = check_cu_seqlens("", cu_seqlens, max_seqlen, x, "x", x.shape[0])
-        num_kv = 3 if self.separate_kv else 1
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (num_kv, self.num_kv_heads, self.head_dim)).unbind(-3)
-        v = self.v_proj(x).unflatten(-1, (num_kv, self.num_kv_heads, self.head_dim_v)).unbind(-3)
-        gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.num_heads, 3))
+        q, k, v, gates = self._project(x)
 
         # In the order compressed, selected, window; a shared pair serves all three.
         k_cmp, v_cmp = self.compress(k[0], v[0], cu_seqlens, max_seqlen)
@@ -157,6 +172,85 @@ class NSAAttention(nn.Module):
         )
         return self.o_proj(out.flatten(-2))
 
+    def new_cache(
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        *,
+        dtype: torch.dtype | None = None,
+        **options,
+    ) -> NSACache:
+        """An empty :class:`NSACache` for this layer, on its device.
+
+        Args:
+            batch_size, max_seqlen: as of NSACache.
+            dtype: of the activations; default: of the weights.
+            options: num_pages, block_table, max_rollback, growable.
+        """
+        weight = self.k_proj.weight
+        dtype = weight.dtype if dtype is None else dtype
+        inv_freq = None
+        if self.rope_theta is not None:
+            inv_freq = inverse_frequencies(self.head_dim, self.rope_theta, dtype, weight.device)
+        return NSACache(
+            batch_size,
+            max_seqlen,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim_v,
+            config=self.config,
+            separate_kv=self.separate_kv,
+            rope_inv_freq=inv_freq,
+            device=weight.device,
+            dtype=dtype,
+            **options,
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """q, and k, v of each branch (or one shared pair), not rotated; gates."""
+        num_kv = 3 if self.separate_kv else 1
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (num_kv, self.num_kv_heads, self.head_dim)).unbind(-3)
+        v = self.v_proj(x).unflatten(-1, (num_kv, self.num_kv_heads, self.head_dim_v)).unbind(-3)
+        gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.num_heads, 3))
+        return q, k, v, gates
+
+    @torch.no_grad()
+    def _forward_cached(
+        self, x: Tensor, cache: NSACache, counts: Sequence[int] | Tensor | None
+    ) -> Tensor:
+        if not isinstance(cache, NSACache):
+            raise TypeError(f"cache: expected an NSACache, got {type(cache).__name__}")
+        for name in ("config", "separate_kv"):
+            if getattr(cache, name) != getattr(self, name):
+                raise ValueError(
+                    f"cache: expected {name}={getattr(self, name)} as the layer has, "
+                    f"got {getattr(cache, name)}"
+                )
+        if (cache.rope_inv_freq is None) != (self.rope_theta is None):
+            raise ValueError("cache: expected one that new_cache of this layer made (RoPE differs)")
+        q, k, v, gates = self._project(x)
+        k_raw, v_raw = k[0], v[0]
+        if self.separate_kv:
+            k, v = k[1:], v[1:]
+        if self.rope_theta is not None:
+            table = rotary_table(cache.positions(x.shape[1], counts), cache.rope_inv_freq)
+            q, k = rotate(q, table), [rotate(branch, table) for branch in k]
+        out = sparse_attn_with_kvcache(
+            q,
+            cache,
+            gates,
+            k=k[0],
+            v=v[0],
+            compress=self.compress,
+            k_cmp=k_raw,
+            v_cmp=v_raw,
+            k_win=k[1] if self.separate_kv else None,
+            v_win=v[1] if self.separate_kv else None,
+            counts=counts,
+        )
+        return self.o_proj(out.flatten(-2))
+
     def _rotary_tables(
         self, q: Tensor, k_cmp: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -169,10 +263,8 @@ class NSAAttention(nn.Module):
             starts = cu_seqlens[:-1]
             positions = packed_positions(starts, q.shape[0])
             positions_cmp = packed_positions(starts // stride, k_cmp.shape[0])
-        return (
-            rotary_table(positions, self.head_dim, self.rope_theta, q.dtype),
-            rotary_table(positions_cmp * stride, self.head_dim, self.rope_theta, q.dtype),
-        )
+        inv_freq = inverse_frequencies(self.head_dim, self.rope_theta, q.dtype, q.device)
+        return rotary_table(positions, inv_freq), rotary_table(positions_cmp * stride, inv_freq)
 
     def _check_x(self, x: Tensor, cu_seqlens: Tensor | None) -> None:
         if not isinstance(x, Tensor):

@@ -115,7 +115,7 @@ def sparse_attn(
     scale = check_softmax_scale(softmax_scale, q)
 
     if callable(compress):
-        _check_compressor(compress, config)
+        check_compressor(compress, config)
         k_raw, v_raw = k if k_cmp is None else k_cmp, v if v_cmp is None else v_cmp
         check_kv(("k_cmp", "v_cmp"), k_raw, v_raw, q, packed, rows_k, num_kv_heads)
         compressed = compress(
@@ -129,7 +129,7 @@ def sparse_attn(
                     f"({name} is what a compressor compresses), got a tensor"
                 )
         compressed = compress
-    k_tokens, v_tokens = _check_pair(compressed)
+    k_tokens, v_tokens = check_pair(compressed)
     num_tokens = rows_k // config.block_stride if packed else config.num_compressed(rows_k)
     names = ("compress: k_cmp", "compress: v_cmp")
     check_kv(names, k_tokens, v_tokens, q, packed, num_tokens, num_kv_heads, dim_v, compressed=True)
@@ -176,7 +176,7 @@ def compress_kv(
     check_compress_input(k, v, cu_seqlens_k is not None)
     if cu_seqlens_k is not None:
         max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, "k", k.shape[0])
-    return _check_pair(compress(k, v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k))
+    return check_pair(compress(k, v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k))
 
 
 def compressed_attn(
@@ -392,7 +392,7 @@ def _is_deterministic(deterministic: bool) -> bool:
     return bool(deterministic) or torch.are_deterministic_algorithms_enabled()
 
 
-def _check_pair(compressed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def check_pair(compressed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(compressed, (tuple, list)) or len(compressed) != 2:
         raise TypeError(
             "compress: expected a KVCompressor, a callable that returns (k_cmp, v_cmp), or such a "
@@ -401,7 +401,7 @@ def _check_pair(compressed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return compressed[0], compressed[1]
 
 
-def _check_compressor(compress: Compress, config: NSAConfig) -> None:
+def check_compressor(compress: Compress, config: NSAConfig) -> None:
     """A compressor built for other block lengths than the call's is a mistake."""
     own = getattr(compress, "config", config)
     for name in ("block_size", "block_stride"):

@@ -55,9 +55,10 @@ const int32_t* int32_ptr(const OptTensor& tensor, const char* name,
   return tensor->const_data_ptr<int32_t>();
 }
 
-/// state is (3, B): seqlens, tail_start, dropped.
-int32_t* state_row(const Tensor& state, int row, int64_t batch) {
-  return static_cast<int32_t*>(const_cast<void*>(state.const_data_ptr())) + row * batch;
+/// A row of state (3, B): seqlens, tail_start, dropped.
+int32_t* state_row(const Tensor& state, int row, const CacheShape& shape, const Tensor& like) {
+  check(state, "state", {3, shape.batch}, ScalarType::Int, like);
+  return static_cast<int32_t*>(const_cast<void*>(state.const_data_ptr())) + row * state.stride(0);
 }
 
 /// Sizes of the new raw tokens k (B, T, Hkv, Dk) and v (B, T, Hkv, Dv) of the compressed branch.
@@ -144,9 +145,8 @@ Tensor3 cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor st
   CacheGather params{};
   params.shape = cache_shape(k, v, tail_k, tail_v, block_table, num_pages, cache_config(config));
   const CacheShape& s = params.shape;
-  int32_ptr(state, "state", {3, s.batch}, k);
-  params.seqlens = state_row(state, 0, s.batch);
-  params.tail_start = state_row(state, 1, s.batch);
+  params.seqlens = state_row(state, 0, s, k);
+  params.tail_start = state_row(state, 1, s, k);
   params.counts = int32_ptr(counts, "counts", {s.batch}, k);
   params.k = view(k, false);
   params.v = view(v, false);
@@ -213,10 +213,9 @@ void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_
   }
   params.tail_k = view<void>(tail_k, false);
   params.tail_v = view<void>(tail_v, false);
-  int32_ptr(state, "state", {3, s.batch}, k_raw);
-  params.seqlens = state_row(state, 0, s.batch);
-  params.tail_start = state_row(state, 1, s.batch);
-  params.dropped = state_row(state, 2, s.batch);
+  params.seqlens = state_row(state, 0, s, k_raw);
+  params.tail_start = state_row(state, 1, s, k_raw);
+  params.dropped = state_row(state, 2, s, k_raw);
   run(
       k_raw, [&] { cpu::cache_append(params, torch_executor()); }, [] { return int64_t{0}; },
       [&](void*, cuda::Stream stream) { cuda::cache_append(params, stream); });
