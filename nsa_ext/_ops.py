@@ -165,6 +165,15 @@ def _(k, v, tail_k, tail_v, state, counts, block_table, num_pages, config):
     )
 
 
+@_fake("cache_compress_mlp")
+def _(k, v, tail_k, tail_v, state, counts, block_table, num_pages, config,
+      k_pos, k_w1, k_b1, k_w2, k_b2, v_pos, v_w1, v_b1, v_w2, v_b2):  # fmt: skip
+    batch, _, num_heads, _ = k.shape
+    dims = [w1.shape[1] if w2 is None else w2.shape[1] for w1, w2 in ((k_w1, k_w2), (v_w1, v_w2))]
+    tokens = (k.new_empty(batch, 1, num_heads, dim) for dim in dims)
+    return (*tokens, state.new_empty(batch, 3))
+
+
 @_fake("cache_append")
 def _(*args):
     return None

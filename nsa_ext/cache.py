@@ -306,15 +306,20 @@ class NSACache:
         tails = (x[self._begin : self._end] for x in (storage.tail_k, storage.tail_v))
         tail_k, tail_v = tails
         pools = [self.pages(name) for name in ("k", "v", "k_win", "v_win", "k_cmp", "v_cmp")]
-        rows_k, rows_v, steps = torch.ops.nsa_ext.cache_gather(
+        arguments = (
             raw_k, raw_v, tail_k, tail_v, self._state, device_counts, table, pools[0].shape[0],
             config,
         )  # fmt: skip
-        new_k, new_v = check_pair(compress(rows_k, rows_v))
-        blocks = self.config.num_compressed(rows_k.shape[1])
+        compress_new = getattr(compress, "compress_new", None)
+        result = compress_new(*arguments) if compress_new else None
+        if result is None:
+            rows_k, rows_v, steps = torch.ops.nsa_ext.cache_gather(*arguments)
+            result = (*check_pair(compress(rows_k, rows_v)), steps)
+        new_k, new_v, steps = result
+        blocks = -(-tokens // self.config.block_stride)
         for name, x, dim in (("k_cmp", new_k, self.head_dim), ("v_cmp", new_v, self.head_dim_v)):
             shape = (self.batch_size, blocks, self.num_kv_heads, dim)
-            check_tensor(f"compress: {name}", x, ("B", "Tc", "Hkv", "D"), shape, like=rows_k)
+            check_tensor(f"compress: {name}", x, ("B", "Tc", "Hkv", "D"), shape, like=k)
         torch.ops.nsa_ext.cache_append(
             self._state, *pools, tail_k, tail_v, steps, k, v, k_win, v_win, raw_k, raw_v,
             *(x if rows_aligned(x) else x.contiguous() for x in (new_k, new_v)), table,

@@ -95,10 +95,12 @@ class Phi(nn.Module):
             inverse = 2 * feature.T / feature.abs().sum(dim=0).clamp(min=1)[:, None]
             self.w2.normal_(std=_INIT_NOISE * hidden**-0.5).add_(inverse.to(self.w2.dtype))
 
+    def cast_weights(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """weight, pos, w1, b1, w2, b2."""
+        return [p if p is None else p.to(dtype) for p in self.weights().values()]
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-        weight, pos, w1, b1, w2, b2 = (
-            p if p is None else p.to(x.dtype) for p in self.weights().values()
-        )
+        weight, pos, w1, b1, w2, b2 = self.cast_weights(x.dtype)
         blocks = (cu_seqlens, max_seqlen, self.config.block_size, self.config.block_stride)
         if w1 is None:
             return torch.ops.nsa_ext.compress_pool_fwd(x, weight, pos, *blocks)
@@ -211,12 +213,7 @@ class KVCompressor(nn.Module):
             start at row r // d, and rows without a token are zero.
         """
         packed = cu_seqlens_k is not None
-        check_compress_input(k, v, packed, self.head_dim, self.head_dim_v)
-        if self.num_kv_heads not in (None, k.shape[-2]):
-            raise ValueError(
-                f"k: expected num_kv_heads={self.num_kv_heads} heads as the compressor has, "
-                f"got {k.shape[-2]}"
-            )
+        self._check_input(k, v, packed)
         if packed:
             max_seqlen_k = check_cu_seqlens("_k", cu_seqlens_k, max_seqlen_k, k, "k", k.shape[0])
         else:
@@ -225,6 +222,29 @@ class KVCompressor(nn.Module):
             self.phi_k(k, cu_seqlens_k, max_seqlen_k),
             self.phi_v(v, cu_seqlens_k, max_seqlen_k),
         )
+
+    def compress_new(
+        self, k: Tensor, v: Tensor, *cache: object
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A step of decode in one operator, ``cache_compress_mlp``, whose first arguments these
+        are: k_cmp, v_cmp and steps. None where there is none and :meth:`forward` has to do it."""
+        plain = type(self).forward is KVCompressor.forward and not self._forward_hooks
+        if not plain or self.kind not in ("mlp", "linear") or k.device.type != "cuda":
+            return None
+        phis = (self.phi_k, self.phi_v)
+        if k.shape[1] > self.config.block_stride or any(phi.w1.shape[1] % 8 for phi in phis):
+            return None
+        self._check_input(k, v, packed=False)
+        weights = [weight for phi in phis for weight in phi.cast_weights(k.dtype)[1:]]
+        return torch.ops.nsa_ext.cache_compress_mlp(k, v, *cache, *weights)
+
+    def _check_input(self, k: Tensor, v: Tensor, packed: bool) -> None:
+        check_compress_input(k, v, packed, self.head_dim, self.head_dim_v)
+        if self.num_kv_heads not in (None, k.shape[-2]):
+            raise ValueError(
+                f"k: expected num_kv_heads={self.num_kv_heads} heads as the compressor has, "
+                f"got {k.shape[-2]}"
+            )
 
     def extra_repr(self) -> str:
         heads = "shared" if self.num_kv_heads is None else f"num_kv_heads={self.num_kv_heads}"

@@ -135,6 +135,67 @@ AttnFwd chunk_fwd(const DecodeFwd& decode) {
   return call;
 }
 
+/// What cache_gather and cache_compress_mlp read.
+CacheGather gather_params(const Tensor& k, const Tensor& v, const Tensor& tail_k,
+                          const Tensor& tail_v, const Tensor& state, const OptTensor& counts,
+                          const OptTensor& block_table, int64_t num_pages,
+                          const BlockConfig& config) {
+  CacheGather params{};
+  params.shape = cache_shape(k, v, tail_k, tail_v, block_table, num_pages, config);
+  params.seqlens = state_row(state, 0, params.shape, k);
+  params.tail_start = state_row(state, 1, params.shape, k);
+  params.counts = int32_ptr(counts, "counts", {params.shape.batch}, k);
+  params.k = view(k, false);
+  params.v = view(v, false);
+  params.tail_k = view(tail_k, false);
+  params.tail_v = view(tail_v, false);
+  return params;
+}
+
+/// Their results: rows of K and of V, and the steps.
+Tensor3 new_gathered(CacheGather& params, const Tensor& like, int64_t rows, int64_t dim_k,
+                     int64_t dim_v) {
+  const CacheShape& s = params.shape;
+  const Tensor out_k = empty(like, {s.batch, rows, s.heads, dim_k}, like.scalar_type()),
+               out_v = empty(like, {s.batch, rows, s.heads, dim_v}, like.scalar_type()),
+               steps = empty(like, {s.batch, 3}, ScalarType::Int);
+  params.out_k = view<void>(out_k, false);
+  params.out_v = view<void>(out_v, false);
+  params.steps = static_cast<CacheStep*>(steps.mutable_data_ptr());
+  return {out_k, out_v, steps};
+}
+
+#ifdef NSA_EXT_WITH_CUDA
+
+PhiWeights phi_weights(const CacheCompressMlp& params, int64_t dim, const char* pos_name,
+                       const OptTensor& pos, const char* w1_name, const Tensor& w1,
+                       const char* b1_name, const OptTensor& b1, const char* w2_name,
+                       const OptTensor& w2, const char* b2_name, const OptTensor& b2,
+                       const Tensor& like) {
+  const int64_t heads = params.weight_heads, l = params.tokens.shape.config.block_size;
+  STD_TORCH_CHECK(w1.dim() == 3 && (!w2 || w2->dim() == 3), w1_name, " and ", w2_name,
+                  " must have 3 dims");
+  STD_TORCH_CHECK(w2 || !b2, b2_name, " needs ", w2_name);
+  PhiWeights phi{};
+  phi.hidden = w1.size(1);
+  phi.dim_out = w2 ? w2->size(1) : phi.hidden;
+  const auto pointer = [&](const OptTensor& weight, const char* name,
+                           const std::vector<int64_t>& sizes) -> const void* {
+    if (!weight) return nullptr;
+    check(*weight, name, sizes, like.scalar_type(), like);
+    check_contiguous(*weight, name);
+    return weight->const_data_ptr();
+  };
+  phi.pos = pointer(pos, pos_name, {heads, l, dim});
+  phi.w1 = pointer(w1, w1_name, {heads, phi.hidden, l * dim});
+  phi.b1 = pointer(b1, b1_name, {heads, phi.hidden});
+  phi.w2 = pointer(w2, w2_name, {heads, phi.dim_out, phi.hidden});
+  phi.b2 = pointer(b2, b2_name, {heads, phi.dim_out});
+  return phi;
+}
+
+#endif
+
 }  // namespace
 
 int64_t max_decode_rows() { return kMaxDecodeRows; }
@@ -142,28 +203,48 @@ int64_t max_decode_rows() { return kMaxDecodeRows; }
 Tensor3 cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
                      OptTensor counts, OptTensor block_table, int64_t num_pages,
                      std::vector<int64_t> config) {
-  CacheGather params{};
-  params.shape = cache_shape(k, v, tail_k, tail_v, block_table, num_pages, cache_config(config));
+  CacheGather params = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
+                                     cache_config(config));
   const CacheShape& s = params.shape;
-  params.seqlens = state_row(state, 0, s, k);
-  params.tail_start = state_row(state, 1, s, k);
-  params.counts = int32_ptr(counts, "counts", {s.batch}, k);
-  params.k = view(k, false);
-  params.v = view(v, false);
-  params.tail_k = view(tail_k, false);
-  params.tail_v = view(tail_v, false);
   const int64_t rows = gathered_rows(s.tokens, s.config);
-  const Tensor out_k = empty(k, {s.batch, rows, s.heads, s.dim_qk}, k.scalar_type()),
-               out_v = empty(k, {s.batch, rows, s.heads, s.dim_v}, k.scalar_type()),
-               steps = empty(k, {s.batch, 3}, ScalarType::Int);
-  params.out_k = view<void>(out_k, false);
-  params.out_v = view<void>(out_v, false);
-  params.steps = static_cast<CacheStep*>(steps.mutable_data_ptr());
+  const Tensor3 results = new_gathered(params, k, rows, s.dim_qk, s.dim_v);
   run(
       k, [&] { cpu::cache_gather(params, torch_executor()); }, [] { return int64_t{0}; },
       [&](void*, cuda::Stream stream) { cuda::cache_gather(params, stream); });
-  return {out_k, out_v, steps};
+  return results;
 }
+
+#ifdef NSA_EXT_WITH_CUDA
+
+Tensor3 cache_compress_mlp(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
+                           OptTensor counts, OptTensor block_table, int64_t num_pages,
+                           std::vector<int64_t> config, OptTensor k_pos, Tensor k_w1,
+                           OptTensor k_b1, OptTensor k_w2, OptTensor k_b2, OptTensor v_pos,
+                           Tensor v_w1, OptTensor v_b1, OptTensor v_w2, OptTensor v_b2) {
+  CacheCompressMlp params{};
+  params.tokens = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
+                                cache_config(config));
+  const CacheShape& s = params.tokens.shape;
+  STD_TORCH_CHECK(s.tokens >= 1 && s.tokens <= s.config.block_stride,
+                  "k must have 1 to block_stride tokens, got ", s.tokens);
+  STD_TORCH_CHECK(k_w1.dim() == 3, "k_w1 must have 3 dims, got ", shape_string(k_w1));
+  params.weight_heads = k_w1.size(0);
+  STD_TORCH_CHECK(params.weight_heads == 1 || params.weight_heads == s.heads,
+                  "phi's weights must have 1 or ", s.heads, " heads, got ", params.weight_heads);
+  params.k = phi_weights(params, s.dim_qk, "k_pos", k_pos, "k_w1", k_w1, "k_b1", k_b1, "k_w2", k_w2,
+                         "k_b2", k_b2, k);
+  params.v = phi_weights(params, s.dim_v, "v_pos", v_pos, "v_w1", v_w1, "v_b1", v_b1, "v_w2", v_w2,
+                         "v_b2", v_b2, k);
+  const Tensor3 results = new_gathered(params.tokens, k, 1, params.k.dim_out, params.v.dim_out);
+  run(
+      k, [] {}, [&] { return cuda::cache_compress_mlp_workspace(params); },
+      [&](void* workspace, cuda::Stream stream) {
+        cuda::cache_compress_mlp(params, workspace, stream);
+      });
+  return results;
+}
+
+#endif
 
 void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
                   OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,

@@ -9,6 +9,9 @@
 #define NSA_SEQLENS \
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 #define NSA_BLOCKS "Tensor? cu_seqlens, SymInt max_seqlen, int block_size, int block_stride"
+#define NSA_NEW_TOKENS                                                                       \
+  "Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state, Tensor? counts, Tensor? " \
+  "block_table, SymInt num_pages, int[] config"
 #define NSA_SCALE "float softmax_scale, bool deterministic"
 
 STABLE_TORCH_LIBRARY(nsa_ext, m) {
@@ -56,11 +59,12 @@ STABLE_TORCH_LIBRARY(nsa_ext, m) {
       "Tensor dv_win, "
       "Tensor dgates)");
   // What cache_gather hands to cache_append: `steps`, by sequence its length, the tokens taken and
-  // those offered.
-  m.def(
-      "cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state, Tensor? "
-      "counts, Tensor? block_table, SymInt num_pages, int[] config) -> (Tensor k_rows, Tensor "
-      "v_rows, Tensor steps)");
+  // those offered. cache_compress_mlp, which CUDA alone has, is cache_gather and phi in one.
+  m.def("cache_gather(" NSA_NEW_TOKENS ") -> (Tensor k_rows, Tensor v_rows, Tensor steps)");
+  m.def("cache_compress_mlp(" NSA_NEW_TOKENS
+        ", Tensor? k_pos, Tensor k_w1, Tensor? k_b1, Tensor? k_w2, Tensor? k_b2, Tensor? v_pos, "
+        "Tensor v_w1, Tensor? v_b1, Tensor? v_w2, Tensor? v_b2) -> (Tensor k_cmp, Tensor v_cmp, "
+        "Tensor steps)");
   m.def(
       "cache_append(Tensor(a!) state, Tensor(b!) k_pages, Tensor(c!) v_pages, Tensor(d!)? "
       "k_win_pages, Tensor(e!)? v_win_pages, Tensor(f!) k_cmp_pages, Tensor(g!) v_cmp_pages, "
@@ -107,7 +111,10 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CPU, m) { register_kernels(m); }
 
 #ifdef NSA_EXT_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CUDA, m) { register_kernels(m); }
+STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CUDA, m) {
+  register_kernels(m);
+  m.impl("cache_compress_mlp", TORCH_BOX(&nsa::binding::cache_compress_mlp));
+}
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CompositeExplicitAutograd, m) {

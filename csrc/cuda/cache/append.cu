@@ -19,35 +19,26 @@ __device__ __forceinline__ uint4 nan_piece() {
   return make_uint4(pair, pair, pair, pair);
 }
 
-/// What the sequence takes of the new tokens. Called by the whole block.
-__device__ __forceinline__ CacheStep make_step(const CacheGather& p, int64_t b) {
-  const int tokens = static_cast<int>(p.shape.tokens);
-  CacheStep step;
-  step.old = p.seqlens[b];
-  step.wanted = p.counts ? min(max(p.counts[b], 0), tokens) : tokens;
-  const bool room = has_room(p.shape, b, step.old, int64_t{step.old} + step.wanted);
-  step.taken = __syncthreads_and(room) ? step.wanted : 0;
-  return step;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) gather_kernel(CacheGather p, int chunks) {
   const CacheShape& s = p.shape;
   const BlockConfig& c = s.config;
   const int64_t b = blockIdx.x / chunks;
   const int chunk = blockIdx.x % chunks;
-  const CacheStep step = make_step(p, b);
+  CacheStep step = offered_step(p, b);
+  const bool room =
+      has_room(s, b, step.old, int64_t{step.old} + step.wanted, threadIdx.x, kThreads);
+  if (__syncthreads_and(room)) step.taken = step.wanted;
   if (chunk == 0 && threadIdx.x == 0) p.steps[b] = step;
   const NewBlocks blocks(step, c);
   const int64_t needed = blocks.count > 0 ? (blocks.count - 1) * c.block_stride + c.block_size : 0;
   const int64_t start = blocks.first * c.block_stride;
-  const int tail_start = p.tail_start[b];
   const int pieces_k = static_cast<int>(s.dim_qk / 8), pieces_v = static_cast<int>(s.dim_v / 8);
   const int per_row = static_cast<int>(s.heads) * (pieces_k + pieces_v);
   const int64_t end = gathered_rows(s.tokens, c) * per_row;
   for (int64_t i = int64_t{chunk} * kThreads + threadIdx.x; i < end;
        i += int64_t{chunks} * kThreads) {
-    const int64_t row = i / per_row, position = start + row;
+    const int64_t row = i / per_row;
     int piece = static_cast<int>(i - row * per_row);
     const bool values = piece >= static_cast<int>(s.heads) * pieces_k;
     if (values) piece -= static_cast<int>(s.heads) * pieces_k;
@@ -55,13 +46,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(CacheGather p, int chu
     const int head = piece / pieces, at = piece - head * pieces;
     uint4 value = {};
     if (row < needed) {
-      if (position >= step.old) {
-        value = *piece_of<T>(values ? p.v : p.k, b, step.row(position, s.tokens), head, at);
-      } else if (position >= tail_start) {
-        value = *piece_of<T>(values ? p.tail_v : p.tail_k, b, position % s.tail, head, at);
-      } else {
-        value = nan_piece<T>();
-      }
+      const uint4* from = token_piece<T>(p, step, b, start + row, values, head, at);
+      value = from ? *from : nan_piece<T>();
     }
     *piece_of<T>(values ? p.out_v : p.out_k, b, row, head, at) = value;
   }
@@ -156,29 +142,13 @@ int chunks_of(int64_t rows, int64_t pieces_per_row) {
   return static_cast<int>(chunks < 1 ? 1 : chunks > 64 ? 64 : chunks);
 }
 
-template <class View>
-void check_aligned(const View& view, const char* name, int64_t page = 0) {
-  if (view.ptr == nullptr) return;
-  if (reinterpret_cast<uintptr_t>(view.ptr) % 16 || view.seq % 8 || view.head % 8 || page % 8)
-    throw std::invalid_argument(std::string(name) + ": rows must start at multiples of 16 bytes");
-}
-
-void check_shape(const CacheShape& s) {
-  if (s.dim_qk % 8 || s.dim_v % 8)
-    throw std::invalid_argument("head dims must be multiples of 8 on CUDA");
-}
-
 }  // namespace
 }  // namespace cache
 
 void cache_gather(const CacheGather& params, Stream stream) {
   using namespace cache;
   const CacheShape& s = params.shape;
-  check_shape(s);
-  check_aligned(params.k, "k", params.k.batch);
-  check_aligned(params.v, "v", params.v.batch);
-  check_aligned(params.tail_k, "tail_k", params.tail_k.batch);
-  check_aligned(params.tail_v, "tail_v", params.tail_v.batch);
+  check_tokens(params);
   if (s.batch == 0) return;
   const int chunks =
       chunks_of(gathered_rows(s.tokens, s.config), s.heads * (s.dim_qk + s.dim_v) / 8);
@@ -194,7 +164,8 @@ void cache_gather(const CacheGather& params, Stream stream) {
 void cache_append(const CacheAppend& params, Stream stream) {
   using namespace cache;
   const CacheShape& s = params.shape;
-  check_shape(s);
+  if (s.dim_qk % 8 || s.dim_v % 8)
+    throw std::invalid_argument("head dims must be multiples of 8 on CUDA");
   for (int branch = 0; branch < kNumBranches; ++branch) {
     check_aligned(params.k[branch], "k", params.k[branch].batch);
     check_aligned(params.v[branch], "v", params.v[branch].batch);

@@ -60,6 +60,21 @@ struct CacheGather {
   CacheStep* steps;           // (B) written
 };
 
+/// phi of kinds `mlp` and `linear` (w2 null), as in CompressMlpFwd.
+struct PhiWeights {
+  int64_t hidden, dim_out;  // dim_out: Dk of the keys, Dv of the values
+  const void *pos, *w1, *b1, *w2, *b2;
+};
+
+/// cache_gather and phi in one, for T <= d: a step of decode completes few blocks, often none, and
+/// only for those phi is computed. `tokens.out_k` and `tokens.out_v` are (B, 1, Hkv, D), the
+/// compressed tokens; zero where a sequence completes no block.
+struct CacheCompressMlp {
+  CacheGather tokens;
+  int64_t weight_heads;  // Hw
+  PhiWeights k, v;
+};
+
 /// Where a tensor's pages are written; as PagedView.
 struct PagedOut {
   void* ptr = nullptr;
@@ -91,6 +106,8 @@ void cache_append(const CacheAppend& params, const Executor& executor);
 namespace cuda {
 
 void cache_gather(const CacheGather& params, Stream stream);
+int64_t cache_compress_mlp_workspace(const CacheCompressMlp& params);
+void cache_compress_mlp(const CacheCompressMlp& params, void* workspace, Stream stream);
 void cache_append(const CacheAppend& params, Stream stream);
 
 }  // namespace cuda
