@@ -5,6 +5,7 @@
 #include "cuda/common.h"
 #include "cuda/instances/attn_instances.h"
 #include "cuda/sm80/bwd_kernels.h"
+#include "cuda/sm90/bwd.h"
 #include "nsa/api.h"
 #include "nsa/geometry.h"
 
@@ -12,15 +13,23 @@ namespace nsa::cuda {
 namespace bwd {
 namespace {
 
-// About 12 tasks for each block of threads that an H100 runs at a time (2 on each of 132 SMs): the
-// last ones to finish then cost little. A task of fewer than 4096 rows would spend too much of its
-// time on its keys and results, and partial results take memory: at 65536 tokens 200 MB.
-constexpr int64_t kTargetTasks = 3072, kMinSplits = 1024, kMinTaskRows = 4096;
+// About 12 tasks for each block of threads that an H100 runs at a time (of the portable kernel 2 on
+// each of 132 SMs, of the Hopper one 1): the last ones to finish then cost little. A task of fewer
+// than 4096 rows would spend too much of its time on its keys and results, and partial results take
+// memory: at 65536 tokens 200 MB.
+constexpr int64_t kTargetTasks = 3072, kHopperTargetTasks = 1536, kMinSplits = 1024;
+constexpr int64_t kMinTaskRows = 4096;
 constexpr int64_t kMinChunkRows = 256;  // 1024 warps sort the lists of 65536 queries x 4 heads
+
+/// Which kernels of a call are those for Hopper.
+struct Hopper {
+  bool dq = false, ranges = false, lists = false;
+};
 
 /// Everything that the kernels of one call get, on one workspace.
 struct Job {
   BwdArgs common;
+  Hopper hopper;
   bool selected, shared_window;
   InvertedIndex index{};
   DqArgs dq{};
@@ -38,11 +47,11 @@ int64_t count_queries(const AttnBwd& p, const KeyPlan& plan) {
   int64_t queries = 0;
   if (plan.has_list) queries += s.total_q * p.index_count * s.heads_kv * plan.parts;
   if (plan.range_branch == kWindow)
-    queries += tiles * std::min<int64_t>(s.seqlen_q, int64_t{p.config.window} + kTaskKeys);
+    queries += tiles * std::min<int64_t>(s.seqlen_q, int64_t{p.config.window} + plan.task_keys);
   if (plan.range_branch == kCompressed) {
     if (s.cu_seqlens_q) return tiles * s.seqlen_q;
     for (int64_t tile = 0; tile < plan.groups.per_sequence; ++tile) {
-      const int64_t first = tile * kTaskKeys * p.config.block_stride + p.config.block_size - 1;
+      const int64_t first = tile * plan.task_keys * p.config.block_stride + p.config.block_size - 1;
       const int64_t unseen = std::max<int64_t>(0, first - (s.seqlen_k - s.seqlen_q));
       queries += std::max<int64_t>(0, s.seqlen_q - unseen) * s.batch * s.heads_kv;
     }
@@ -51,16 +60,20 @@ int64_t count_queries(const AttnBwd& p, const KeyPlan& plan) {
 }
 
 /// The dK/dV work of `branch`. The window may ride on the selected branch's keys.
-KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, WorkspaceCursor& workspace,
-                  int64_t& partial_floats) {
+KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, const Hopper& hopper,
+                  WorkspaceCursor& workspace, int64_t& partial_floats) {
   const AttnShape& s = p.shape;
   const BlockConfig& c = p.config;
   KeyPlan plan{};
   plan.branch = branch;
   plan.has_list = branch == kSelected;
   plan.range_branch = branch != kSelected ? branch : shared_window ? int{kWindow} : -1;
-  plan.group_keys = plan.has_list ? c.select_size : kTaskKeys;
-  plan.parts = ceil_div(plan.group_keys, kTaskKeys);
+  const bool on_hopper = plan.has_list ? hopper.lists : hopper.ranges;
+  plan.task_keys = !on_hopper      ? kTaskKeys
+                   : plan.has_list ? sm90::kListTaskKeys
+                                   : sm90::kRangeTaskKeys;
+  plan.group_keys = plan.has_list ? c.select_size : plan.task_keys;
+  plan.parts = ceil_div(plan.group_keys, plan.task_keys);
   if (branch == kCompressed)
     plan.groups = make_tile_map(s.cu_seqlens_k, s.batch,
                                 num_compressed(s.seqlen_k, c.block_size, c.block_stride),
@@ -69,7 +82,8 @@ KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, WorkspaceCur
     plan.groups = make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1, plan.group_keys);
   const int64_t tiles = s.heads_kv * plan.groups.count * plan.parts;
   const int64_t queries = count_queries(p, plan), group = s.heads_q / s.heads_kv;
-  const int64_t splits = std::max(kTargetTasks - tiles, kMinSplits);
+  const int64_t splits =
+      std::max((on_hopper ? kHopperTargetTasks : kTargetTasks) - tiles, kMinSplits);
   const int64_t piece =
       round_up<int64_t>(std::max(ceil_div(queries, splits), ceil_div(kMinTaskRows, group)), 32);
   plan.piece = static_cast<int>(std::min<int64_t>(piece, INT32_MAX / 64 * 32));
@@ -77,25 +91,30 @@ KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, WorkspaceCur
   plan.max_tasks = static_cast<int>(grid_size(tiles + full_pieces));
   // Only keys with more than `piece` queries are split, into less than twice their full pieces.
   plan.max_slots = static_cast<int>(std::min(tiles + full_pieces, 2 * full_pieces));
+  const int64_t longest =
+      s.seqlen_q * (plan.has_list + (plan.range_branch >= 0));  // queries of one key tile, at most
+  plan.max_pieces = static_cast<int>(std::max<int64_t>(1, ceil_div<int64_t>(longest, plan.piece)));
   plan.tasks = workspace.take<KeyTask>(plan.max_tasks);
   plan.num_tasks = workspace.take<int>(1);
   plan.tiles = workspace.take<SplitTile>(tiles);
   partial_floats =
-      std::max(partial_floats, plan.max_slots * int64_t{kTaskKeys} * (s.dim_qk + s.dim_v));
+      std::max(partial_floats, int64_t{plan.max_slots} * plan.task_keys * (s.dim_qk + s.dim_v));
   return plan;
 }
 
-Job make_job(const AttnBwd& p, void* memory) {
+Job make_job(const AttnBwd& p, const Hopper& hopper, void* memory) {
   const AttnShape& s = p.shape;
   const int64_t group = s.heads_q / s.heads_kv;
   WorkspaceCursor workspace(memory);
   Job job{};
   job.common = BwdArgs{p, workspace.take<RowStats>(kNumBranches * s.total_q * s.heads_q),
                        static_cast<int>(group)};
+  job.hopper = hopper;
   job.selected = p.branch[kSelected].enabled;
   job.shared_window = p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr;
   job.dq.common = job.common;
-  job.dq.tile_tokens = query_tile_tokens(s.dim_qk, job.common.group);
+  job.dq.tile_tokens = hopper.dq ? sm90::query_tile_tokens(job.common.group)
+                                 : query_tile_tokens(s.dim_qk, job.common.group);
   job.dq.tiles =
       make_tile_map(s.cu_seqlens_q, s.batch, s.seqlen_q, s.total_q, 1, job.dq.tile_tokens);
   if (job.selected) {
@@ -122,7 +141,8 @@ Job make_job(const AttnBwd& p, void* memory) {
   int64_t partial_floats = 0;
   for (int c = 0; c < kNumBranches; ++c)
     if (p.branch[c].enabled && !(c == kWindow && job.shared_window))
-      job.plans[job.num_plans++] = make_plan(p, c, job.shared_window, workspace, partial_floats);
+      job.plans[job.num_plans++] =
+          make_plan(p, c, job.shared_window, hopper, workspace, partial_floats);
   // One after the other, the plans use the same memory.
   float* partial = workspace.take<float>(partial_floats);
   for (KeyPlan& plan : job.plans) plan.partial = partial;
@@ -132,18 +152,68 @@ Job make_job(const AttnBwd& p, void* memory) {
 
 struct Kernels {
   void (*dq)(const DqArgs&, cudaStream_t);
-  void (*dkv)(const DkvArgs&, cudaStream_t);
+  void (*ranges)(const DkvArgs&, cudaStream_t);
+  void (*lists)(const DkvArgs&, cudaStream_t);
 };
 
-/// The instance for the call's head dims; a null one where there is none.
+/// The instances for the call's head dims; null ones where there are none.
 template <class T>
-Kernels find_kernels(const AttnShape& s) {
+Kernels find_kernels(const AttnShape& s, const Hopper& hopper) {
+#ifdef NSA_EXT_WITH_SM90
+#define NSA_BWD_PICK(kHopper, kName, kDk, kDv) \
+  hopper.kHopper ? sm90::kName<T, kDk, kDv> : kName<T, kDk, kDv>
+#else
+#define NSA_BWD_PICK(kHopper, kName, kDk, kDv) kName<T, kDk, kDv>
+#endif
 #define NSA_BWD_FIND(kType, kDk, kDv)                                \
   if (std::is_same_v<T, kType> && s.dim_qk == kDk && s.dim_v == kDv) \
-    return {launch_bwd_dq<T, kDk, kDv>, launch_bwd_dkv<T, kDk, kDv>};
+    return {NSA_BWD_PICK(dq, launch_bwd_dq, kDk, kDv),               \
+            NSA_BWD_PICK(ranges, launch_bwd_dkv, kDk, kDv),          \
+            NSA_BWD_PICK(lists, launch_bwd_dkv, kDk, kDv)};
   NSA_ATTN_INSTANCES(NSA_BWD_FIND)
 #undef NSA_BWD_FIND
+#undef NSA_BWD_PICK
   return {};
+}
+
+#ifdef NSA_EXT_WITH_SM90
+/// Why the Hopper kernels would not take a call that the portable ones take; null where they would.
+const char* hopper_unsupported(const AttnBwd& p) {
+  int device, major, minor;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (major != 9 || minor != 0) return "the Hopper kernels need compute capability 9.0";
+  // The copy engine takes strides of 1 byte to 2^40 - 1.
+  const AttnShape& s = p.shape;
+  const auto reaches = [&](const InView& view, int64_t heads) {
+    const auto fits = [](int64_t size, int64_t stride) {
+      return size <= 1 || (stride > 0 && stride < int64_t{1} << 39);
+    };
+    return fits(s.cu_seqlens_q ? 1 : s.batch, view.batch) && fits(2, view.seq) &&
+           fits(heads, view.head);
+  };
+  bool all = reaches(p.q, s.heads_q) && reaches(p.dout, s.heads_q);
+  for (const BranchBwd& branch : p.branch)
+    if (branch.enabled) all = all && reaches(branch.k, s.heads_kv) && reaches(branch.v, s.heads_kv);
+  return all ? nullptr : "the Hopper kernels need strides that are not 0";
+}
+#endif
+
+/// The rule by which a call's kernels are chosen.
+Hopper choose_kernels([[maybe_unused]] const AttnBwd& p, Backend backend) {
+  if (backend == Backend::kSm80) return {};
+#ifdef NSA_EXT_WITH_SM90
+  const char* reason = hopper_unsupported(p);
+  if (backend == Backend::kSm90) {
+    if (reason) throw std::invalid_argument(reason);
+    return {true, true, true};
+  }
+  return {};
+#else
+  if (backend == Backend::kSm90) throw std::invalid_argument("this build has no Hopper kernels");
+  return {};
+#endif
 }
 
 /// Rows are read and written 16 bytes at a time. The stride of an axis of one element is free.
@@ -181,10 +251,10 @@ void check(const AttnBwd& p) {
 }
 
 template <class T>
-void run(const AttnBwd& p, void* memory, cudaStream_t stream) {
-  const Kernels kernels = find_kernels<T>(p.shape);
+void run(const AttnBwd& p, const Hopper& hopper, void* memory, cudaStream_t stream) {
+  const Kernels kernels = find_kernels<T>(p.shape, hopper);
   if (!kernels.dq) throw std::invalid_argument("no backward kernel for these head dims");
-  const Job job = make_job(p, memory);
+  const Job job = make_job(p, hopper, memory);
   if (p.shape.total_q > 0) launch_bwd_preprocess<T>(job.common, stream);
   if (job.selected) {
     launch_count_selection(p, job.index, stream);
@@ -197,7 +267,7 @@ void run(const AttnBwd& p, void* memory, cudaStream_t stream) {
     const DkvArgs args{job.common, job.plans[i], job.index.queries};
     launch_plan_key_tasks(p, args.plan, job.index, stream);
     if (args.plan.has_list) launch_fill_selection(p, job.index, stream);
-    kernels.dkv(args, stream);
+    (args.plan.has_list ? kernels.lists : kernels.ranges)(args, stream);
     launch_bwd_sum<T>(args, stream);
   }
 }
@@ -205,17 +275,17 @@ void run(const AttnBwd& p, void* memory, cudaStream_t stream) {
 }  // namespace
 }  // namespace bwd
 
-int64_t attn_bwd_workspace(const AttnBwd& params, Backend) {
-  return bwd::make_job(params, nullptr).bytes;
+int64_t attn_bwd_workspace(const AttnBwd& params, Backend backend) {
+  return bwd::make_job(params, bwd::choose_kernels(params, backend), nullptr).bytes;
 }
 
 void attn_bwd(const AttnBwd& params, void* workspace, Stream stream, Backend backend) {
-  if (backend == Backend::kSm90)
-    throw std::runtime_error("the attention backward has no Hopper kernels");
   if (params.shape.batch == 0 || params.shape.heads_q == 0) return;
   bwd::check(params);
+  const bwd::Hopper hopper = bwd::choose_kernels(params, backend);
   dispatch_dtype(params.shape.dtype, [&](auto tag) {
-    bwd::run<typename decltype(tag)::type>(params, workspace, static_cast<cudaStream_t>(stream));
+    bwd::run<typename decltype(tag)::type>(params, hopper, workspace,
+                                           static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -42,14 +42,33 @@ __device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t panel_
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b,
                                          bool accumulate);
+/// d = A B for one k16 step, as above; what d held before is no operand, so that its registers are
+/// free until here.
+template <class T, int kN>
+__device__ __forceinline__ void wgmma_ss_first(float (&d)[kN / 2], uint64_t a, uint64_t b);
 /// d += A B for one k16 step; A in registers (the fragment of mma.m16n8k16), B MN-major.
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b);
 
 #define NSA_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define NSA_ACC16(d, i) NSA_ACC4(d, i), NSA_ACC4(d, i + 4), NSA_ACC4(d, i + 8), NSA_ACC4(d, i + 12)
-#define NSA_ACC32(d) NSA_ACC16(d, 0), NSA_ACC16(d, 16)
-#define NSA_ACC64(d) NSA_ACC16(d, 0), NSA_ACC16(d, 16), NSA_ACC16(d, 32), NSA_ACC16(d, 48)
+#define NSA_ACC16_AT(d, i) \
+  NSA_ACC4(d, i), NSA_ACC4(d, i + 4), NSA_ACC4(d, i + 8), NSA_ACC4(d, i + 12)
+#define NSA_ACC32_AT(d, i) NSA_ACC16_AT(d, i), NSA_ACC16_AT(d, i + 16)
+#define NSA_ACC16(d) NSA_ACC16_AT(d, 0)
+#define NSA_ACC32(d) NSA_ACC32_AT(d, 0)
+#define NSA_ACC64(d) NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32)
+#define NSA_ACC96(d) NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32), NSA_ACC32_AT(d, 64)
+
+#define NSA_OUT4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
+#define NSA_OUT16_AT(d, i) \
+  NSA_OUT4(d, i), NSA_OUT4(d, i + 4), NSA_OUT4(d, i + 8), NSA_OUT4(d, i + 12)
+#define NSA_OUT32_AT(d, i) NSA_OUT16_AT(d, i), NSA_OUT16_AT(d, i + 16)
+#define NSA_OUT16(d) NSA_OUT16_AT(d, 0)
+#define NSA_OUT32(d) NSA_OUT32_AT(d, 0)
+#define NSA_OUT64(d) NSA_OUT32_AT(d, 0), NSA_OUT32_AT(d, 32)
+#define NSA_OUT96(d) NSA_OUT32_AT(d, 0), NSA_OUT32_AT(d, 32), NSA_OUT32_AT(d, 64)
+
+#define NSA_D32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 
 #define NSA_D64                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -60,6 +79,12 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define NSA_D192                                                                     \
+  NSA_D128                                                                           \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, "    \
+  "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, " \
+  "%95"
 
 #define NSA_DEFINE_WGMMA(T, TYPE, N, R, A, B, P, A0, A1, A2, A3, BR)                             \
   template <>                                                                                    \
@@ -73,23 +98,48 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                           \
   }                                                                                              \
   template <>                                                                                    \
+  __device__ __forceinline__ void wgmma_ss_first<T, N>(float (&d)[R], uint64_t a, uint64_t b) {  \
+    asm volatile(                                                                                \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                               \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N            \
+        "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                                   \
+        : NSA_OUT##R(d)                                                                          \
+        : "l"(a), "l"(b));                                                                       \
+  }                                                                                              \
+  template <>                                                                                    \
   __device__ __forceinline__ void wgmma_rs<T, N>(float (&d)[R], const uint32_t* a, uint64_t b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N   \
                  "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" BR ", 1, 1, 1, 1;"                 \
                  : NSA_ACC##R(d)                                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
   }
+NSA_DEFINE_WGMMA(bf16, "bf16", 32, 16, "16", "17", "18", "16", "17", "18", "19", "20")
+NSA_DEFINE_WGMMA(__half, "f16", 32, 16, "16", "17", "18", "16", "17", "18", "19", "20")
 NSA_DEFINE_WGMMA(bf16, "bf16", 64, 32, "32", "33", "34", "32", "33", "34", "35", "36")
 NSA_DEFINE_WGMMA(__half, "f16", 64, 32, "32", "33", "34", "32", "33", "34", "35", "36")
 NSA_DEFINE_WGMMA(bf16, "bf16", 128, 64, "64", "65", "66", "64", "65", "66", "67", "68")
 NSA_DEFINE_WGMMA(__half, "f16", 128, 64, "64", "65", "66", "64", "65", "66", "67", "68")
+NSA_DEFINE_WGMMA(bf16, "bf16", 192, 96, "96", "97", "98", "96", "97", "98", "99", "100")
+NSA_DEFINE_WGMMA(__half, "f16", 192, 96, "96", "97", "98", "96", "97", "98", "99", "100")
 
 #undef NSA_DEFINE_WGMMA
+#undef NSA_D32
 #undef NSA_D64
 #undef NSA_D128
+#undef NSA_D192
+#undef NSA_OUT4
+#undef NSA_OUT16_AT
+#undef NSA_OUT32_AT
+#undef NSA_OUT16
+#undef NSA_OUT32
+#undef NSA_OUT64
+#undef NSA_OUT96
 #undef NSA_ACC4
+#undef NSA_ACC16_AT
+#undef NSA_ACC32_AT
 #undef NSA_ACC16
 #undef NSA_ACC32
 #undef NSA_ACC64
+#undef NSA_ACC96
 
 }  // namespace nsa::cuda

@@ -1,5 +1,5 @@
-// What the kernels of the portable backward share: their arguments, and how rows and key tiles are
-// numbered.
+// What the kernels of the backward share, portable and Hopper: their arguments, and how rows and
+// key tiles are numbered.
 //
 // A query row is a (token, query head) pair. The rows of one kv head lie token after token, the G
 // heads of its group side by side: row = token * G + g.
@@ -15,7 +15,7 @@ namespace nsa::cuda::bwd {
 
 inline constexpr int kMaxGroup = 64;       // G
 inline constexpr int kMaxIndexCount = 64;  // n
-inline constexpr int kTaskKeys = 64;       // keys that one block of the dK/dV kernel owns
+inline constexpr int kTaskKeys = 64;       // keys that one block of the portable dK/dV kernel owns
 inline constexpr int kMaxTileTokens = 64;  // tokens of a query tile: bits of UnionBlock's mask
 
 /// Warps of a dQ block that own 16 query rows each. With the one that copies keys they are 12 warps
@@ -100,8 +100,8 @@ struct InvertedIndex {
   int32_t* queries;        // (total_q * Hkv * n)
 };
 
-/// Work of one block of the dK/dV kernel: up to 64 keys, and the queries that send them gradients:
-/// a piece of the selection's list, then a range of tokens.
+/// Work of one block of the dK/dV kernel: up to task_keys keys, and the queries that send them
+/// gradients: a piece of the selection's list, then a range of tokens.
 struct alignas(16) KeyTask {
   int batch, head;
   int key, keys;
@@ -111,28 +111,30 @@ struct alignas(16) KeyTask {
   int unused[3];
 };
 
-/// Keys whose gradient is the sum of several tasks' partial results.
+/// A key tile and its tasks; with more than one, its gradient is the sum of their partial results.
 struct alignas(16) SplitTile {
   int batch, head;
   int key, keys;
   int slot, slots;  // slots is 0 where there is nothing to add up
-  int unused[2];
+  int task, tasks;  // the tile's tasks: task, task + 1, ...
 };
 
 /// The dK/dV work of one kernel launch, laid out on the device by `plan_key_tasks`.
 struct KeyPlan {
   TileMap groups;    // runs of group_keys keys
-  int group_keys;    // select_size where lists are walked, else 64
+  int task_keys;     // keys of a task, at most
+  int group_keys;    // select_size where lists are walked, else task_keys
   int parts;         // key tiles of a group
   int branch;        // whose K, V, dK, dV
   bool has_list;     // walk the inverted index,
   int range_branch;  // then the tokens that see the keys in this branch; -1: none
   int piece;         // queries of a task, at most
   int max_tasks, max_slots;
+  int max_pieces;  // tasks of one key tile, at most
   KeyTask* tasks;
   int* num_tasks;
   SplitTile* tiles;  // (Hkv, groups, parts)
-  float* partial;    // (slots, 64 * (Dk + Dv))
+  float* partial;    // (slots, task_keys * (Dk + Dv))
 };
 
 struct BwdArgs {

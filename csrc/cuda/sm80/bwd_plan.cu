@@ -43,25 +43,6 @@ __device__ Need exclusive_scan(Need x, Need& total) {
           before.entries + inclusive.entries - x.entries};
 }
 
-struct Range {
-  int begin, count;
-};
-
-/// Queries of the sequence to which some of the keys [key, key + keys) may be visible in a branch.
-__device__ Range range_queries(const Sequence& sequence, int branch, int key, int keys,
-                               const BlockConfig& config) {
-  if (branch < 0) return {0, 0};
-  int64_t first = key, last = sequence.k_len - 1;  // positions
-  if (branch == kCompressed)
-    first = static_cast<int64_t>(key) * config.block_stride + config.block_size - 1;
-  else
-    last = static_cast<int64_t>(key) + keys - 2 + config.window;
-  const int64_t shift = sequence.k_len - sequence.q_len;
-  const int64_t begin = max(first - shift, int64_t{0});
-  const int64_t end = min(last - shift + 1, static_cast<int64_t>(sequence.q_len));
-  return {static_cast<int>(begin), static_cast<int>(max(end - begin, int64_t{0}))};
-}
-
 /// One block of threads; a thread takes one group of keys of one head at a time.
 __global__ void __launch_bounds__(kThreads)
     plan_key_tasks(const __grid_constant__ AttnBwd p, const KeyPlan plan,
@@ -80,9 +61,12 @@ __global__ void __launch_bounds__(kThreads)
       length = branch_length(sequence, plan.branch, p.config);
       if (plan.has_list) list = index.count[id];
     }
-    const auto key_of = [&](int part) { return place.index * plan.group_keys + part * kTaskKeys; };
+    const auto key_of = [&](int part) {
+      return place.index * plan.group_keys + part * plan.task_keys;
+    };
     const auto keys_of = [&](int part) {
-      return min(min(kTaskKeys, plan.group_keys - part * kTaskKeys), length - key_of(part));
+      return min(min(plan.task_keys, plan.group_keys - part * plan.task_keys),
+                 length - key_of(part));
     };
     const auto tasks_of = [&](int queries) { return max(1, ceil_div(queries, plan.piece)); };
 
@@ -103,14 +87,16 @@ __global__ void __launch_bounds__(kThreads)
       const int key = key_of(part), keys = keys_of(part);
       SplitTile& tile = plan.tiles[id * plan.parts + part];
       if (keys <= 0) {
-        tile.slots = 0;
+        tile.slots = tile.tasks = 0;
         continue;
       }
-      const Range range = range_queries(sequence, plan.range_branch, key, keys, p.config);
+      const QueryRange range = range_queries(sequence, plan.range_branch, key, keys, p.config);
       const int queries = list + range.count, tasks = tasks_of(queries);
-      tile = SplitTile{place.batch, head, key, keys, place_of.slots, tasks > 1 ? tasks : 0, {}};
+      tile = SplitTile{place.batch,           head,           key,  keys, place_of.slots,
+                       tasks > 1 ? tasks : 0, place_of.tasks, tasks};
       for (int i = 0; i < tasks; ++i) {
-        const int from = i * plan.piece, to = min(queries, from + plan.piece);
+        // Cut from the end: key tiles that see the same last queries then have the same pieces.
+        const int to = queries - (tasks - 1 - i) * plan.piece, from = max(0, to - plan.piece);
         const int list_from = min(from, list), list_to = min(to, list);
         plan.tasks[place_of.tasks++] = KeyTask{place.batch,
                                                head,

@@ -75,4 +75,23 @@ __device__ __forceinline__ KeyRange visible_keys(int branch, int t, const BlockC
   return {branch == kWindow ? max(0, t - config.window + 1) : 0, t + 1};
 }
 
+struct QueryRange {
+  int begin, count;
+};
+
+/// Queries of the sequence to which some of the keys [key, key + keys) may be visible in a branch.
+__device__ __forceinline__ QueryRange range_queries(const Sequence& sequence, int branch, int key,
+                                                    int keys, const BlockConfig& config) {
+  if (branch < 0) return {0, 0};
+  int64_t first = key, last = sequence.k_len - 1;  // positions
+  if (branch == kCompressed)
+    first = static_cast<int64_t>(key) * config.block_stride + config.block_size - 1;
+  else
+    last = static_cast<int64_t>(key) + keys - 2 + config.window;
+  const int64_t shift = sequence.k_len - sequence.q_len;
+  const int64_t begin = max(first - shift, int64_t{0});
+  const int64_t end = min(last - shift + 1, static_cast<int64_t>(sequence.q_len));
+  return {static_cast<int>(begin), static_cast<int>(max(end - begin, int64_t{0}))};
+}
+
 }  // namespace nsa::cuda::bwd

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) sum_partials(const __grid_constant__
   const Sequence sequence = load_sequence(p.shape, tile.batch);
   const BranchBwd& branch = p.branch[args.plan.branch];
   const int dim_k = static_cast<int>(p.shape.dim_qk), dim_v = static_cast<int>(p.shape.dim_v);
-  const int64_t slot_size = static_cast<int64_t>(kTaskKeys) * (dim_k + dim_v);
+  const int64_t slot_size = static_cast<int64_t>(args.plan.task_keys) * (dim_k + dim_v);
   const float* partial = args.plan.partial + tile.slot * slot_size;
 
   const auto add_up = [&](const float* first, const OutView& target, int dim) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) sum_partials(const __grid_constant__
     }
   };
   add_up(partial, branch.dk, dim_k);
-  add_up(partial + kTaskKeys * dim_k, branch.dv, dim_v);
+  add_up(partial + args.plan.task_keys * dim_k, branch.dv, dim_v);
 }
 
 }  // namespace

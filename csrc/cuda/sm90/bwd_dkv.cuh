@@ -1,0 +1,396 @@
+// Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
+// selected block) and walks the query rows that see them, in tiles of 64.
+//
+//   S^T = K Q^T          P^T = gate * exp2(scale S^T - lse)      dV += P^T dO
+//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale dS^T Q
+//
+// Keys are the rows of every product, so P^T and dS^T leave one product where the next one wants
+// its A operand: in registers. With ranges each of the two consumer warpgroups owns 64 keys and
+// both read every tile; with lists both own the same keys, take every other tile, and add up at the
+// end.
+//
+// Barriers: `full` of a slot takes the two producer warps and the bytes of Q and dO; `empty` a warp
+// each of the warpgroups that read the slot.
+#pragma once
+
+#include "cuda/sm90/bwd_rows.cuh"
+
+namespace nsa::cuda::bwd::sm90 {
+
+template <class T_, int kDimQk_, int kDimV_, bool kList_>
+struct DkvShape {
+  using T = T_;
+  static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
+  static constexpr bool kList = kList_;
+  static constexpr int kTaskKeys = kList ? kListTaskKeys : kRangeTaskKeys;
+  static constexpr int kKeyTiles = kTaskKeys / kRows;
+  // Query rows of a product: with Dk = 192 the accumulators leave no room for 64.
+  static constexpr int kColumns = kDimQk > 128 ? 32 : 64;
+  static constexpr int kSteps = kRows / kColumns;  // products that a tile takes
+  static constexpr int kQBytes = kTileBytes<kDimQk>, kDoutBytes = kTileBytes<kDimV>;
+  static constexpr int kStageBytes = kQBytes + kDoutBytes;
+  // What 227 KB hold beside K and V.
+  static constexpr int kFitting =
+      (227 * 1024 - 1024 - kKeyTiles * kStageBytes) / (kStageBytes + int{sizeof(RowTileInfo)});
+  static constexpr int kStages = kFitting < 8 ? kFitting : 8;
+  static_assert(kStages >= 2);
+
+  struct Smem {
+    alignas(1024) char k[kKeyTiles][kQBytes];
+    alignas(1024) char v[kKeyTiles][kDoutBytes];
+    alignas(1024) char ring[kStages][kStageBytes];  // Q, then dO
+    RowTileInfo info[kStages];
+    uint64_t full[kStages], empty[kStages], keys_full;
+  };
+  // Two warpgroups exchange half of their sums through the ring.
+  static_assert(!kList || kStages * kStageBytes >= 128 * (kDimQk + kDimV) * 2);
+};
+
+template <class Shape>
+class DkvKernel {
+  using T = typename Shape::T;
+  using Smem = typename Shape::Smem;
+  using Position = RingPosition<Shape::kStages>;
+  static constexpr int kDimQk = Shape::kDimQk, kDimV = Shape::kDimV, kColumns = Shape::kColumns;
+  static constexpr int kScores = kColumns / 2;
+
+ public:
+  __device__ __forceinline__ DkvKernel(const DkvLaunch& launch, const KeyTask& task, char* smem)
+      : launch_(launch),
+        p_(launch.args.common.p),
+        task_(task),
+        smem_(*reinterpret_cast<Smem*>(smem)) {}
+
+  __device__ __forceinline__ void run() {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < Shape::kStages; ++i) {
+        mbarrier_init(smem_addr(&smem_.full[i]), 2);
+        mbarrier_init(smem_addr(&smem_.empty[i]), Shape::kList ? 4 : 8);
+      }
+      mbarrier_init(smem_addr(&smem_.keys_full), 1);
+      fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      lower_registers<kProducerRegisters>();
+      const int warp = threadIdx.x / 32;
+      if (warp > 1) return;
+      const Sequence sequence = load_sequence(p_.shape, task_.batch);
+      const RowWalk walk(launch_, task_);
+      if (warp == 0) {
+        if (threadIdx.x == 0) load_keys(sequence);
+        __syncwarp();
+        load_rows<Shape>(launch_, walk, sequence, smem_);
+      } else {
+        describe_rows<Shape>(launch_, walk, sequence, smem_);
+      }
+    } else {
+      raise_registers<kConsumerRegisters>();
+      consume(threadIdx.x / 128 - 1);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load_keys(const Sequence& sequence) {
+    const uint32_t full = smem_addr(&smem_.keys_full);
+    mbarrier_arrive_expect(full, Shape::kKeyTiles * Shape::kStageBytes);
+    const int row = first_key_row(sequence, launch_.args.plan.branch, p_.config) + task_.key;
+    const int batch = static_cast<int>(sequence.batch);
+    for (int i = 0; i < Shape::kKeyTiles; ++i) {
+      for (int panel = 0; panel < kDimQk / 64; ++panel)
+        tma_load(smem_addr(smem_.k[i]) + panel * kPanelBytes, &launch_.k, full, panel * 64,
+                 task_.head, row + i * kRows, batch);
+      for (int panel = 0; panel < kDimV / 64; ++panel)
+        tma_load(smem_addr(smem_.v[i]) + panel * kPanelBytes, &launch_.v, full, panel * 64,
+                 task_.head, row + i * kRows, batch);
+    }
+  }
+
+  // ---- Consumers --------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void wait_full(const Position& at) {
+    mbarrier_wait(smem_addr(&smem_.full[at.slot]), at.parity);
+  }
+
+  /// Releases `count` tiles unread. An arrival before the tile is there would count for the tile
+  /// before it.
+  __device__ __forceinline__ void pass_over(int count, Position& at) {
+    for (int i = 0; i < count; ++i) {
+      wait_full(at);
+      arrive_warp(smem_.empty[at.slot]);
+      at.advance();
+    }
+  }
+
+  __device__ __forceinline__ void consume(int consumer) {
+    int first, count, total;
+    {
+      const RowWalk walk(launch_, task_);
+      total = walk.tiles;
+      if constexpr (Shape::kList) {
+        first = consumer;
+        count = (total + 1 - consumer) / 2;
+      } else {
+        const QueryRange seen = queries_of(consumer);
+        first = seen.begin >> (6 - launch_.log2_group);
+        count = ((seen.begin + seen.count + walk.tokens - 1) >> (6 - launch_.log2_group)) - first;
+        if (seen.count <= 0) first = count = 0;
+      }
+    }
+    Position at;
+    if constexpr (Shape::kList) {
+      if (consumer == 1) at.advance();
+    } else {
+      pass_over(first, at);
+    }
+    float dk[kDimQk / 2], dv[kDimV / 2];
+#pragma unroll
+    for (int i = 0; i < kDimQk / 2; ++i) dk[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDimV / 2; ++i) dv[i] = 0.0f;
+    pin(dk);
+    pin(dv);
+    mbarrier_wait(smem_addr(&smem_.keys_full), 0);
+    if (count > 0) walk_tiles(consumer, count, at, dk, dv);
+    if constexpr (Shape::kList) {
+      add_up(consumer, dk, dv);
+    } else {
+      pass_over(total - first - count, at);
+    }
+
+    // With lists each warpgroup holds one of the sums.
+    const Sequence sequence = load_sequence(p_.shape, task_.batch);
+    const BranchBwd& branch = p_.branch[launch_.args.plan.branch];
+    const int first_key = Shape::kList ? 0 : consumer * kRows;
+    if (!Shape::kList || consumer == 0)
+      store<kDimQk>(dk, static_cast<float>(p_.shape.softmax_scale), sequence, first_key, branch.dk,
+                    0);
+    if (!Shape::kList || consumer == 1)
+      store<kDimV>(dv, 1.0f, sequence, first_key, branch.dv, Shape::kTaskKeys * kDimQk);
+  }
+
+  /// Queries, counted from the task's first, that see some of a warpgroup's keys.
+  __device__ __forceinline__ QueryRange queries_of(int consumer) const {
+    const int first = consumer * kRows, keys = min(kRows, task_.keys - first);
+    if (keys <= 0) return {0, 0};
+    const Sequence sequence = load_sequence(p_.shape, task_.batch);
+    const QueryRange range =
+        range_queries(sequence, launch_.args.plan.range_branch, task_.key + first, keys, p_.config);
+    const int begin = max(range.begin - task_.token_begin, 0);
+    const int end = min(range.begin + range.count - task_.token_begin, task_.token_count);
+    return {begin, end - begin};
+  }
+
+  /// While the exponentials of a step are taken, dP^T of the step is under way, and while dS^T is
+  /// made, dV. Nothing is in flight from one step to the next: the two warpgroups fill each other's
+  /// gaps.
+  __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
+                                             float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
+    const int key_tile = Shape::kList ? 0 : consumer;
+    const uint32_t k_tile = smem_addr(smem_.k[key_tile]), v_tile = smem_addr(smem_.v[key_tile]);
+    const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
+    for (int i = 0; i < count; ++i) {
+      wait_full(at);
+      const RowTileInfo& info = smem_.info[at.slot];
+#pragma unroll
+      for (int step = 0; step < Shape::kSteps; ++step) {
+        const uint32_t q = smem_addr(smem_.ring[at.slot]) + step * kColumns * 128;
+        const uint32_t dout = q + Shape::kQBytes;
+        const int column = step * kColumns + threadIdx.x % 4 * 2;
+        float s[kScores], dp[kScores];
+        wgmma_fence();
+        issue_scores<T, kColumns, kDimQk>(s, k_tile, q);
+        wgmma_commit();
+        issue_scores<T, kColumns, kDimV>(dp, v_tile, dout);
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(s);
+        if (info.masked[key_tile]) mask(s, info, key_tile, column);
+        uint32_t p_packed[kScores / 2], ds_packed[kScores / 2];
+        make_p(s, p_packed, info, column, scale_log2);
+        wgmma_fence();
+        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(dp);
+        make_ds(p_packed, dp, ds_packed, info, column);
+        wgmma_fence();
+        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, q);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(dv);
+        pin(dk);
+      }
+      arrive_warp(smem_.empty[at.slot]);
+      at.advance();
+      if (Shape::kList) at.advance();
+    }
+  }
+
+  /// P^T of a step, as the A operand of its product with dO.
+  static __device__ __forceinline__ void make_p(const float (&s)[kScores],
+                                                uint32_t (&packed)[kScores / 2],
+                                                const RowTileInfo& info, int column,
+                                                float scale_log2) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const float2 lse = *reinterpret_cast<const float2*>(&info.lse_log2[column + n * 8]);
+      const float2 gate = *reinterpret_cast<const float2*>(&info.gate[column + n * 8]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        packed[2 * n + i] =
+            pack2<T>(exp2_approx(fmaf(s[4 * n + 2 * i], scale_log2, -lse.x)) * gate.x,
+                     exp2_approx(fmaf(s[4 * n + 2 * i + 1], scale_log2, -lse.y)) * gate.y);
+    }
+  }
+  /// dS^T from P^T, which is rounded by now, and dP^T.
+  static __device__ __forceinline__ void make_ds(const uint32_t (&p_packed)[kScores / 2],
+                                                 const float (&dp)[kScores],
+                                                 uint32_t (&packed)[kScores / 2],
+                                                 const RowTileInfo& info, int column) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(&info.delta[column + n * 8]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 p = unpack2<T>(p_packed[2 * n + i]);
+        packed[2 * n + i] =
+            pack2<T>(p.x * (dp[4 * n + 2 * i] - delta.x), p.y * (dp[4 * n + 2 * i + 1] - delta.y));
+      }
+    }
+  }
+
+  /// Scores of keys that the column's row does not see become -inf.
+  __device__ __forceinline__ void mask(float (&s)[kScores], const RowTileInfo& info, int key_tile,
+                                       int column) {
+    const int first = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const int2 begin = *reinterpret_cast<const int2*>(&info.key_begin[column + n * 8]);
+      const int2 end = *reinterpret_cast<const int2*>(&info.key_end[column + n * 8]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first + i / 2 * 8;
+        if (key < (i % 2 ? begin.y : begin.x) || key >= (i % 2 ? end.y : end.x))
+          s[4 * n + i] = -INFINITY;
+      }
+    }
+  }
+
+  /// The first warpgroup gets the sum of both dK, the second that of both dV.
+  __device__ __forceinline__ void add_up(int consumer, float (&dk)[kDimQk / 2],
+                                         float (&dv)[kDimV / 2]) {
+    float* mine = reinterpret_cast<float*>(smem_.ring[0]) + threadIdx.x % 128;
+    float* dk_place = mine;
+    float* dv_place = mine + 128 * (kDimQk / 2);
+    named_barrier_sync(1, 256);  // nobody reads the ring any more
+    if (consumer == 0) {
+#pragma unroll
+      for (int i = 0; i < kDimV / 2; ++i) dv_place[i * 128] = dv[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kDimQk / 2; ++i) dk_place[i * 128] = dk[i];
+    }
+    named_barrier_sync(1, 256);
+    if (consumer == 0) {
+#pragma unroll
+      for (int i = 0; i < kDimQk / 2; ++i) dk[i] += dk_place[i * 128];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kDimV / 2; ++i) dv[i] += dv_place[i * 128];
+    }
+  }
+
+  /// The accumulators of a warpgroup's keys, times `factor`: to the task's partial result, at
+  /// `offset` of its slot, or as T to `view`.
+  template <int kDim>
+  __device__ __forceinline__ void store(const float (&acc)[kDim / 2], float factor,
+                                        const Sequence& sequence, int first_key,
+                                        const OutView& view, int offset) {
+    const int lane = threadIdx.x % 32;
+    const int key = first_key + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const int slot = task_.slot;
+    float* partial = launch_.args.plan.partial +
+                     static_cast<int64_t>(slot) * Shape::kTaskKeys * (kDimQk + kDimV) + offset;
+    T* dst = branch_keys(typed<T>(view), sequence, launch_.args.plan.branch, p_.config) +
+             task_.head * view.head + task_.key * view.seq;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = key + half * 8;
+      if (row >= task_.keys) continue;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const int column = n * 8 + 2 * (lane % 4);
+        const float x = acc[4 * n + 2 * half] * factor, y = acc[4 * n + 2 * half + 1] * factor;
+        if (slot >= 0)
+          *reinterpret_cast<float2*>(partial + row * kDim + column) = make_float2(x, y);
+        else
+          *reinterpret_cast<uint32_t*>(dst + row * view.seq + column) = pack2<T>(x, y);
+      }
+    }
+  }
+
+  const DkvLaunch& launch_;
+  const AttnBwd& p_;
+  const KeyTask& task_;
+  Smem& smem_;
+};
+
+/// Which task a block takes; -1: none. Blocks of a range go head by head and piece by piece, the
+/// last queries first, so that blocks that run together walk the same rows: Q and dO of a head,
+/// 512 MB at 65536 tokens, then come from L2 rather than once for every 128 keys from memory.
+template <bool kList>
+__device__ __forceinline__ int task_of_block(const KeyPlan& plan) {
+  const int block = blockIdx.x;
+  if (kList) return block < *plan.num_tasks ? block : -1;
+  const int tiles = plan.groups.count, per_head = tiles * plan.max_pieces;
+  const int head = block / per_head, piece = block % per_head / tiles;
+  const SplitTile& tile = plan.tiles[head * tiles + block % tiles];
+  return piece < tile.tasks ? tile.task + tile.tasks - 1 - piece : -1;
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(kThreads, 1)
+    bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
+  extern __shared__ __align__(1024) char smem[];
+  const int task = task_of_block<Shape::kList>(launch.args.plan);
+  if (task >= 0) DkvKernel<Shape>(launch, launch.args.plan.tasks[task], smem).run();
+#endif
+}
+
+template <class Shape>
+void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
+  const KeyPlan& plan = launch.args.plan;
+  const int64_t blocks =
+      Shape::kList ? plan.max_tasks
+                   : launch.args.common.p.shape.heads_kv * plan.groups.count * plan.max_pieces;
+  if (blocks == 0) return;
+  auto* kernel = bwd_dkv_kernel<Shape>;
+  allow_shared_memory(kernel, sizeof(typename Shape::Smem));
+  kernel<<<grid_size(blocks), kThreads, sizeof(typename Shape::Smem), stream>>>(launch);
+  check_launch("sm90::bwd_dkv_kernel");
+}
+
+template <class T, int kDimQk, int kDimV>
+void launch_bwd_dkv(const DkvArgs& args, cudaStream_t stream) {
+  const AttnBwd& p = args.common.p;
+  const BranchBwd& branch = p.branch[args.plan.branch];
+  DkvLaunch launch{args};
+  launch.log2_group = log2_padded_group(args.common.group);
+  const int padded = 1 << launch.log2_group;
+  if (p.shape.total_q > 0) {
+    launch.q = query_map(p.shape, p.q, kDimQk, padded, kRows / padded);
+    launch.dout = query_map(p.shape, p.dout, kDimV, padded, kRows / padded);
+    launch.q_token = query_map(p.shape, p.q, kDimQk, padded, 1);
+    launch.dout_token = query_map(p.shape, p.dout, kDimV, padded, 1);
+  }
+  launch.k = key_map(p, args.plan.branch, branch.k, kDimQk);
+  launch.v = key_map(p, args.plan.branch, branch.v, kDimV);
+  if (args.plan.has_list)
+    launch_bwd_dkv_shape<DkvShape<T, kDimQk, kDimV, true>>(launch, stream);
+  else
+    launch_bwd_dkv_shape<DkvShape<T, kDimQk, kDimV, false>>(launch, stream);
+}
+
+}  // namespace nsa::cuda::bwd::sm90

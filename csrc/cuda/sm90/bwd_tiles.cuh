@@ -1,0 +1,107 @@
+// What the Hopper dQ and dK/dV kernels share: ring positions, the two score products of a tile, and
+// tensor maps.
+//
+// Query rows are padded: a token takes P = G rounded up to a power of two rows of a tile, 64 / P
+// tokens to 64 rows. TMA fills the rows of absent heads and what lies outside of a tensor with
+// zeros.
+#pragma once
+
+#include "cuda/device/tma.cuh"
+#include "cuda/device/wgmma.cuh"
+#include "cuda/sm80/bwd_sequence.cuh"
+#include "cuda/sm90/bwd.h"
+#include "cuda/sm90/tensor_map.h"
+
+namespace nsa::cuda::bwd::sm90 {
+
+inline constexpr uint32_t kFullWarp = 0xffffffffu;
+inline constexpr int kRows = 64;                 // rows or keys of a tile
+inline constexpr int kPanelBytes = kRows * 128;  // 64 columns of it
+
+// Three warpgroups of 168 registers at launch; setmaxnreg hands out the same sum.
+inline constexpr int kThreads = 384;
+inline constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
+
+template <int kDim>
+inline constexpr int kTileBytes = kRows * kDim * 2;
+
+/// A place in a ring of kStages slots: the slot, and the parity of its phase.
+template <int kStages>
+struct RingPosition {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// One arrival of the calling warp.
+__device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_addr(&barrier));
+}
+
+/// x = A B^T over kDim columns, both tiles K-major; `a` and `b` are where their rows start in the
+/// first panel. The caller commits.
+template <class T, int kN, int kDim>
+__device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    const uint32_t step = k / 4 * kPanelBytes + k % 4 * 32;
+    if (k == 0)
+      wgmma_ss_first<T, kN>(x, desc_k_major(a), desc_k_major(b));
+    else
+      wgmma_ss<T, kN>(x, desc_k_major(a + step), desc_k_major(b + step), true);
+  }
+}
+
+/// acc += A B: A from registers, B the kSteps * 16 rows of kDim columns that start at `b`. The
+/// caller commits.
+template <class T, int kDim, int kSteps>
+__device__ __forceinline__ void issue_update(float (&acc)[kDim / 2],
+                                             const uint32_t (&a)[kSteps * 4], uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k)
+    wgmma_rs<T, kDim>(acc, a + 4 * k, desc_mn_major(b + k * 2048, kPanelBytes));
+}
+
+/// Q or dO: (D, G, Hkv, Sq, B), read as the padded groups of `tokens` tokens.
+inline CUtensorMap query_map(const AttnShape& shape, const InView& view, int64_t dim,
+                             int padded_group, int tokens) {
+  const bool packed = shape.cu_seqlens_q != nullptr;
+  const int64_t group = shape.heads_q / shape.heads_kv;
+  return cuda::sm90::make_tensor_map(view.ptr, shape.dtype, dim,
+                                     {{group, view.head, padded_group},
+                                      {shape.heads_kv, group * view.head, 1},
+                                      {packed ? shape.total_q : shape.seqlen_q, view.seq, tokens},
+                                      {packed ? 1 : shape.batch, view.batch, 1}});
+}
+
+/// K or V of a branch: (D, Hkv, Sk, B), read 64 rows at a time. Without a key nothing is read, and
+/// there is no map of nothing.
+inline CUtensorMap key_map(const AttnBwd& p, int branch, const InView& view, int64_t dim) {
+  const AttnShape& shape = p.shape;
+  const bool packed = shape.cu_seqlens_k != nullptr;
+  int64_t keys = packed ? shape.total_k : shape.seqlen_k;
+  if (branch == kCompressed)
+    keys = packed ? packed_row(shape.total_k, p.config.block_stride)
+                  : num_compressed(shape.seqlen_k, p.config.block_size, p.config.block_stride);
+  if (keys == 0) return CUtensorMap{};
+  return cuda::sm90::make_tensor_map(view.ptr, shape.dtype, dim,
+                                     {{shape.heads_kv, view.head, 1},
+                                      {keys, view.seq, kRows},
+                                      {packed ? 1 : shape.batch, view.batch, 1}});
+}
+
+/// Row of key_map's tensor where a branch of the sequence starts.
+__device__ __forceinline__ int first_key_row(const Sequence& sequence, int branch,
+                                             const BlockConfig& config) {
+  return static_cast<int>(branch == kCompressed ? packed_row(sequence.k_first, config.block_stride)
+                                                : sequence.k_first);
+}
+
+}  // namespace nsa::cuda::bwd::sm90
