@@ -102,13 +102,15 @@ class Layer(nn.Module):
             nn.Linear(4 * config.dim, config.dim, bias=False),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: torch.Tensor, cache: nsa_ext.NSACache | None = None) -> torch.Tensor:
+        options = {} if cache is None else {"cache": cache}
+        x = x + self.attention(self.attention_norm(x), **options)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class LanguageModel(nn.Module):
-    """Bytes (B, S) -> logits of the next byte (B, S, 256)."""
+    """Bytes (B, S) -> logits of the next byte (B, S, 256); with the caches of `new_caches` the bytes
+    go on from those that were given before."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -118,11 +120,19 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, VOCABULARY, bias=False)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, caches: list[nsa_ext.NSACache] | None = None
+    ) -> torch.Tensor:
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if caches is None else caches[i])
         return self.head(self.norm(x))
+
+    def new_caches(self, batch_size: int, max_seqlen: int, **options) -> list[nsa_ext.NSACache]:
+        """A cache for each layer; the attention must be NSA."""
+        return [
+            layer.attention.new_cache(batch_size, max_seqlen, **options) for layer in self.layers
+        ]
 
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy in nats of every byte of (B, S + 1) but the first."""
