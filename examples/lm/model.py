@@ -109,7 +109,7 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes (B, S) -> logits of the next byte (B, S, 256); with the caches of `new_caches` the bytes
+    """Bytes (B, S) -> logits of the next byte (B, S, 256). With caches (`new_caches`) the bytes
     go on from those that were given before."""
 
     def __init__(self, config: ModelConfig):
