@@ -72,95 +72,98 @@ class Attend {
 
   /// The share of `worker` in the tiles of a branch. Called by all threads.
   template <class Source>
-  __device__ __forceinline__ void run(const Source& source, int worker, int row_tile) {
-    constexpr int kBranch = Source::kBranch;
-    const Schedule<kBranch> schedule(p_, lane_);
-    const int tiles = schedule.tiles(worker);
-    if (tiles == 0) return;
-
-    Cursor<kBranch> cursor = schedule.first(worker);
-    Filler<Source> filler(*this, source, cursor, tiles);
-    for (int i = 0; i < p_.stages - 1; ++i) filler.fill();
-
-    Unit unit = source.unit(cursor.b, cursor.i);
-    begin(source, unit, cursor.i);
-    for (int n = 1;; ++n) {
-      filler.fill();
-      const uint32_t tile = ring_.wait();
-      attend(source, unit, cursor.tile, tile);
-      ring_.release(lane_);
-      const bool last = n == tiles;
-      if (last || cursor.tile + 1 == cursor.tiles)
-        finish(source, slot<kBranch>(p_, worker, cursor.unit(p_), source.head(), row_tile));
-      if (last) break;
-      if (cursor.advance(p_)) {
+  __device__ __forceinline__ void run(const Source& source, const Share& share, int worker,
+                                      int row_tile) {
+    if (share.tiles == 0) return;
+    Cursor cursor = share.cursor;
+    Unit unit;
+    Filler<Source> filler(*this, source, share);
+    bool fresh = true;  // a segment begins
+    // Each of the parts has one call: as little code as can be. The copies run ahead.
+    for (int n = 1 - p_.stages; n < share.tiles; ++n) {
+      if (fresh) {
         unit = source.unit(cursor.b, cursor.i);
         begin(source, unit, cursor.i);
+        fresh = false;
       }
+      filler.fill();
+      if (n < 0) continue;
+      attend(source, unit, unit.begin + cursor.tile * kTileKeys, ring_.wait());
+      ring_.release(lane_);
+      const bool last = n + 1 == share.tiles;
+      if (last || cursor.tile + 1 == cursor.tiles)
+        finish(source, slot(p_, source.branch(), worker, cursor.unit(p_, source.branch()),
+                            source.head(), row_tile));
+      if (!last) fresh = cursor.advance(p_, source.branch());
     }
   }
 
  private:
-  /// Copies the tiles of a worker, one at a time; the pages of the next one are looked up ahead.
+  /// Copies the tiles of a worker, one at a time. Their pages are looked up two tiles ahead.
   template <class Source>
   class Filler {
    public:
-    __device__ __forceinline__ Filler(Attend& block, const Source& source,
-                                      const Cursor<Source::kBranch>& cursor, int tiles)
+    __device__ __forceinline__ Filler(Attend& block, const Source& source, const Share& share)
         : block_(block),
           source_(source),
-          cursor_(cursor),
-          unit_(source.unit(cursor.b, cursor.i)),
-          left_(tiles) {
-      look_up();
+          cursor_(share.cursor),
+          unit_(source.unit(cursor_.b, cursor_.i)),
+          to_look_up_(share.tiles),
+          to_copy_(share.tiles) {
+      look_up(next_);
+      look_up(after_next_);
     }
     __device__ __forceinline__ void fill() {
-      if (left_ == 0) return;
-      copy(block_.ring_.begin_fill());
+      if (to_copy_ == 0) return;
+      --to_copy_;
+      const uint32_t stage = block_.ring_.begin_fill();
+      copy_rows<kDk>(block_.p_.k[source_.branch()], stage);
+      copy_rows<kDv>(block_.p_.v[source_.branch()], stage + Traits::kTileBytesK);
       block_.ring_.end_fill();
-      if (--left_ == 0) return;
-      if (cursor_.advance(block_.p_)) unit_ = source_.unit(cursor_.b, cursor_.i);
-      look_up();
+      next_ = after_next_;
+      look_up(after_next_);
     }
 
    private:
+    struct Place {
+      int first;           // offset of the tile's first key
+      int pages[kSweeps];  // of this thread's rows; -1: zeros
+    };
     // Eight threads copy 128 bytes of a row at once; a sweep of the block copies 16 rows.
     __device__ __forceinline__ static int row(int sweep) {
       return sweep * kSweepRows + (threadIdx.x >> 3);
     }
-    __device__ __forceinline__ void look_up() {
+    __device__ __forceinline__ void look_up(Place& place) {
+      if (to_look_up_ == 0) return;
+      place.first = unit_.begin + cursor_.tile * kTileKeys;
 #pragma unroll
       for (int sweep = 0; sweep < kSweeps; ++sweep)
-        pages_[sweep] = source_.page(unit_, cursor_.tile, row(sweep));
+        place.pages[sweep] = source_.page(unit_, place.first + row(sweep));
+      if (--to_look_up_ > 0 && cursor_.advance(block_.p_, source_.branch()))
+        unit_ = source_.unit(cursor_.b, cursor_.i);
     }
     template <int kDim>
     __device__ __forceinline__ void copy_rows(const PagedView& view, uint32_t tile) const {
-      const int chunk = threadIdx.x & 7;
+      const int chunk = threadIdx.x & 7, mask = (1 << source_.page_shift()) - 1;
       const T* base = static_cast<const T*>(view.ptr) + source_.head() * view.head + chunk * 8;
 #pragma unroll
       for (int sweep = 0; sweep < kSweeps; ++sweep) {
-        const bool valid = pages_[sweep] >= 0;
-        const T* src = base;
-        if (valid)
-          src += pages_[sweep] * view.page +
-                 source_.row_in_page(unit_, cursor_.tile, row(sweep)) * view.seq;
+        const bool valid = next_.pages[sweep] >= 0;
+        const T* src = base + (valid ? next_.pages[sweep] : 0) * view.page +
+                       ((next_.first + row(sweep)) & mask) * view.seq;
         const uint32_t dst = tile + tile_offset<kDim>(row(sweep), chunk);
 #pragma unroll
         for (int panel = 0; panel < kDim / 64; ++panel)
           cp_async_stream(dst + panel * 128, src + panel * 64, valid, block_.policy_);
       }
     }
-    __device__ __forceinline__ void copy(uint32_t stage) const {
-      copy_rows<kDk>(block_.p_.k[Source::kBranch], stage);
-      copy_rows<kDv>(block_.p_.v[Source::kBranch], stage + Traits::kTileBytesK);
-    }
 
     Attend& block_;
     const Source& source_;
-    Cursor<Source::kBranch> cursor_;
+    Cursor cursor_;
     Unit unit_;
-    int left_;
-    int pages_[kSweeps];
+    int to_look_up_, to_copy_;
+    Place next_, after_next_;
   };
 
   /// This lane's rows of the block's query tile: g and g + 8 of its warp's group.
@@ -187,7 +190,7 @@ class Attend {
           q_[step][half + 2 * k] =
               q ? *reinterpret_cast<const uint32_t*>(q + step * 16 + k * 8) : 0;
       }
-      if constexpr (Source::kBranch == kCompressed) {
+      if constexpr (Source::kHasWeights) {
         const int64_t weight_row =
             (static_cast<int64_t>(unit.b) * p_.heads_kv + source.head()) * p_.tokens * p_.group +
             source.global_row(row(half));
@@ -202,7 +205,7 @@ class Attend {
 
   /// The keys of this warp in a tile.
   template <class Source>
-  __device__ __forceinline__ void attend(const Source& source, const Unit& unit, int tile,
+  __device__ __forceinline__ void attend(const Source& source, const Unit& unit, int first_key,
                                          uint32_t stage) {
     const int first = key_warp_ * Traits::kWarpKeys;
     float s[2 * kSteps][4];
@@ -222,7 +225,8 @@ class Attend {
     float max[2] = {negative_infinity(), negative_infinity()};
 #pragma unroll
     for (int n = 0; n < 2 * kSteps; ++n) {
-      const int key = source.key(unit, tile, first + n / 2 * 16) + n % 2 * 8 + (lane_ & 3) * 2;
+      const int key =
+          source.key(unit, first_key + first + n / 2 * 16) + n % 2 * 8 + (lane_ & 3) * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, column = key + i % 2;
@@ -249,11 +253,11 @@ class Attend {
       }
     }
 
-    if constexpr (Source::kBranch == kCompressed) {
+    if constexpr (Source::kHasWeights) {
 #pragma unroll
       for (int n = 0; n < kSteps; ++n)
         source.block_weights().store(s[2 * n], s[2 * n + 1], reference, weights_, carries_,
-                                     (tile * kTileKeys + first) / kChunk + n);
+                                     (first_key + first) / kChunk + n);
     }
 
 #pragma unroll
@@ -278,20 +282,21 @@ class Attend {
     for (int half = 0; half < 2; ++half) rows_[half].sum = quad_sum(rows_[half].sum);
     if constexpr (kKeyWarps > 1) {
       __syncthreads();  // the slots have been read
-#pragma unroll
+#pragma unroll 1
       for (int half_warps = kKeyWarps / 2; half_warps >= 1; half_warps /= 2) {
         // Two slots: in the second round of four warps, warp 1 writes the slot that it has read.
-        const bool first_round = half_warps == kKeyWarps / 2;
-        const int from = key_warp_ - (key_warp_ < half_warps ? 0 : half_warps);
-        const int at = first_round ? row_group_ * (kKeyWarps / 2) + from : 1;
+        const bool writes = key_warp_ >= half_warps && key_warp_ < 2 * half_warps;
+        const int at = half_warps < kKeyWarps / 2
+                           ? 1
+                           : row_group_ * (kKeyWarps / 2) + key_warp_ - (writes ? half_warps : 0);
         float4* merge = merge_ + at * 4 * (kDv + 2);
-        if (key_warp_ >= half_warps && key_warp_ < 2 * half_warps) write_rows(merge);
+        if (writes) write_rows(merge);
         __syncthreads();
         if (key_warp_ < half_warps) add_rows(merge);
       }
     }
     if (key_warp_ != 0) return;
-    const Partials& partials = p_.partials[Source::kBranch];
+    const Partials& partials = p_.partials[source.branch()];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (!source.row_exists(row(half))) continue;

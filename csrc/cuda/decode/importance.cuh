@@ -15,13 +15,17 @@ class BlockWeights {
   __device__ __forceinline__ BlockWeights(const DecodeParams& p, int lane)
       : blocks_(kChunk >> (p.select_shift - p.stride_shift)), column_((lane & 3) * 2) {
     const int token = (lane & 3) * 2, block = lane >> 2;
+    BlockConfig strides{};  // lengths in units of d
+    strides.block_size = p.config.block_size >> p.stride_shift;
+    strides.block_stride = 1;
+    strides.select_size = 1 << (p.select_shift - p.stride_shift);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int64_t c = token + 8 * k, j = block + 8 * n;
+        const int c = token + 8 * k, j = block + 8 * n;
         overlaps_[n][k] =
-            pack2<bf16>(overlap_weight(c, j, p.config), overlap_weight(c + 1, j, p.config));
+            pack2<bf16>(overlap_weight(c, j, strides), overlap_weight(c + 1, j, strides));
       }
     }
   }

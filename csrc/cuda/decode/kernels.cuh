@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   launch_dependents();
   const int row_tile = blockIdx.x % p.row_tiles, rest = blockIdx.x / p.row_tiles;
   const int head = rest % p.heads_kv, worker = rest / p.heads_kv;
+  const Share share = Schedule(p, kCompressed, threadIdx.x % 32).share(worker);
   Attend<Traits> block(p, smem);
-  block.run(CompressedSource(p, head, row_tile), worker, row_tile);
+  block.run(CompressedSource(p, head, row_tile), share, worker, row_tile);
 }
 
 /// The window, which needs no selection and so runs beside the kernels before this one; then the
@@ -33,10 +34,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   launch_dependents();
   const int head = blockIdx.x % p.heads_kv, worker = blockIdx.x / p.heads_kv;
   Attend<Traits> block(p, smem);
-  // In reverse: where there are fewer tiles than workers, these are not the selected branch's.
-  block.run(WindowSource(p, head), p.workers[kWindow] - 1 - worker, 0);
-  wait_for_previous();
-  block.run(SelectedSource(p, head), worker, 0);
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    const int branch = pass == 0 ? kWindow : kSelected;
+    // The tiles of a small call go to other blocks of threads than its window.
+    const int turned = branch == kWindow ? worker : worker + p.workers[kSelected] / 2;
+    const int own = turned < p.workers[branch] ? turned : turned - p.workers[branch];
+    const Share share = Schedule(p, branch, threadIdx.x % 32).share(own);
+    if (branch == kSelected) wait_for_previous();
+    block.run(TokenSource(p, branch, head), share, own, 0);
+  }
 }
 
 struct DeviceLimits {
@@ -107,8 +114,7 @@ void launch_decode(const DecodeParams& p, cudaStream_t stream) {
     default:
       launch_tokens<T, kDk, kDv, 4>(p, stream);
   }
-  launch(combine_kernel<T, kDv>, p, int64_t{p.batch} * p.tokens * p.heads_q, 32 * kCombineWarps, 0,
-         true, stream, "decode combine_kernel");
+  launch_combine<T, kDv>(p, stream);
 }
 
 }  // namespace nsa::cuda::decode

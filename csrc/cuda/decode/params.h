@@ -54,7 +54,7 @@ struct DecodeParams {
   float* weights;   // (B, Hkv, T * G, chunks * 16 d / l'): per row and selection block the sum of
                     // overlap * 2^(score - reference) over the tokens of the block's own chunk
   float2* carries;  // (B, Hkv, T * G, chunks): the chunk's share in the block after it, reference
-  int32_t* lists;   // (B, T, Hkv, n): block_indices, contiguous
+  int2* lists;      // (B, T, Hkv, n): block_indices and the pages where they lie
 };
 
 }  // namespace nsa::cuda::decode

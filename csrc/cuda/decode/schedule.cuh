@@ -17,22 +17,37 @@ __device__ __forceinline__ int sequence_length(const DecodeParams& p, int b) {
   return min(max(p.seqlens_k[b], 0), p.max_pages << p.select_shift);
 }
 
-template <int kBranch>
-__device__ __forceinline__ int units_per_sequence(const DecodeParams& p) {
-  return kBranch == kCompressed ? 1 : p.tokens;
+/// visible_compressed() of geometry.h by a shift: strides are powers of two here, and its 64-bit
+/// divisions would be a good part of what a short call takes.
+__device__ __forceinline__ int visible_tokens(const DecodeParams& p, int t) {
+  const int past_first = t + 1 - p.config.block_size;
+  return past_first < 0 ? 0 : (past_first >> p.stride_shift) + 1;
+}
+
+/// Where the pages of a sequence lie in the pool.
+struct Pages {
+  const int32_t* table;  // or null: consecutive pages
+  int first;
+  __device__ __forceinline__ int at(int j) const { return table ? table[j] : first + j; }
+};
+__device__ __forceinline__ Pages sequence_pages(const DecodeParams& p, int b) {
+  const int64_t first = static_cast<int64_t>(b) * p.max_pages;
+  return {p.block_table ? p.block_table + first : nullptr, static_cast<int>(first)};
+}
+
+__device__ __forceinline__ int units_per_sequence(const DecodeParams& p, int branch) {
+  return branch == kCompressed ? 1 : p.tokens;
 }
 
 /// Tiles of unit i of a sequence.
-template <int kBranch>
-__device__ __forceinline__ int unit_tiles(const DecodeParams& p, int seqlen, int i) {
+__device__ __forceinline__ int unit_tiles(const DecodeParams& p, int branch, int seqlen, int i) {
   int keys;
-  if constexpr (kBranch == kCompressed) {
-    keys = static_cast<int>(
-        visible_compressed(seqlen - 1, p.config.block_size, p.config.block_stride));
+  if (branch == kCompressed) {
+    keys = visible_tokens(p, seqlen - 1);
   } else {
     const int t = seqlen - p.tokens + i;
     if (t < 0) return 0;
-    keys = kBranch == kWindow
+    keys = branch == kWindow
                ? min(p.config.window, t + 1)
                : min(p.config.num_selected, (t >> p.select_shift) + 1) << p.select_shift;
   }
@@ -40,26 +55,37 @@ __device__ __forceinline__ int unit_tiles(const DecodeParams& p, int seqlen, int
 }
 
 /// A tile of a unit: unit i of sequence b.
-template <int kBranch>
 struct Cursor {
   int b, i, tile, tiles;
 
-  __device__ __forceinline__ int unit(const DecodeParams& p) const {
-    return b * units_per_sequence<kBranch>(p) + i;
+  __device__ __forceinline__ int unit(const DecodeParams& p, int branch) const {
+    return b * units_per_sequence(p, branch) + i;
   }
   /// Goes to the next tile; true where that belongs to another unit. There must be one.
-  __device__ __forceinline__ bool advance(const DecodeParams& p) {
+  __device__ __forceinline__ bool advance(const DecodeParams& p, int branch) {
     if (++tile < tiles) return false;
     tile = 0;
     do {
-      if (++i == units_per_sequence<kBranch>(p)) {
+      if (++i == units_per_sequence(p, branch)) {
         i = 0;
         ++b;
       }
-      tiles = unit_tiles<kBranch>(p, sequence_length(p, b), i);
+      tiles = unit_tiles(p, branch, sequence_length(p, b), i);
     } while (tiles == 0);
     return true;
   }
+};
+
+/// A worker takes at least so many tiles, where there are few: half the partial results of the
+/// compressed branch to merge for a batch of 1. The window's time hides behind the selection.
+__device__ __forceinline__ int min_tiles(int branch) {
+  return branch == kCompressed ? 2 : branch == kWindow ? 4 : 1;
+}
+
+/// What a worker does: `tiles` tiles from `cursor` on.
+struct Share {
+  Cursor cursor;
+  int tiles;
 };
 
 /// The workers that have a part of a unit: `count` from `first` on.
@@ -68,25 +94,44 @@ struct Span {
 };
 
 /// Called by whole warps.
-template <int kBranch>
 class Schedule {
  public:
-  __device__ __forceinline__ Schedule(const DecodeParams& p, int lane) : p_(p), lane_(lane) {
+  __device__ __forceinline__ Schedule(const DecodeParams& p, int branch, int lane)
+      : p_(p), branch_(branch), lane_(lane) {
     total_ = 0;
+#pragma unroll 1
     for (int base = 0; base < p.batch; base += 32) total_ += sequence_tiles(base + lane);
     total_ = __reduce_add_sync(0xffffffffu, total_);
-    quota_ = max(1, ceil_div(total_, p.workers[kBranch]));
+    quota_ = max(min_tiles(branch), ceil_div(total_, p.workers[branch]));
   }
 
-  /// Tiles of a worker.
-  __device__ __forceinline__ int tiles(int worker) const {
-    return max(0, min(quota_, total_ - worker * quota_));
+  __device__ __forceinline__ Share share(int worker) const {
+    Share share{};
+    share.tiles = max(0, min(quota_, total_ - worker * quota_));
+    if (share.tiles > 0) share.cursor = find(worker * quota_);
+    return share;
   }
 
-  /// The first tile of a worker that has any.
-  __device__ __forceinline__ Cursor<kBranch> first(int worker) const {
-    int skip = worker * quota_;
-    Cursor<kBranch> cursor{};
+  __device__ __forceinline__ Span span(int b, int i) const {
+    int start = 0;
+#pragma unroll 1
+    for (int base = 0; base < b; base += 32)
+      start += base + lane_ < b ? sequence_tiles(base + lane_) : 0;
+    start = __reduce_add_sync(0xffffffffu, start);
+    const int seqlen = sequence_length(p_, b);
+#pragma unroll 1
+    for (int earlier = 0; earlier < i; ++earlier) start += unit_tiles(p_, branch_, seqlen, earlier);
+    const int tiles = unit_tiles(p_, branch_, seqlen, i);
+    if (tiles == 0) return {0, 0};
+    const int first = start / quota_;
+    return {first, (start + tiles - 1) / quota_ - first + 1};
+  }
+
+ private:
+  /// The tile that `skip` others precede.
+  __device__ __forceinline__ Cursor find(int skip) const {
+    Cursor cursor{};
+#pragma unroll 1
     for (int base = 0;; base += 32) {
       const int before = skip;
       const int sum = inclusive_sum(sequence_tiles(base + lane_));
@@ -100,33 +145,20 @@ class Schedule {
       break;
     }
     const int seqlen = sequence_length(p_, cursor.b);
+#pragma unroll 1
     for (;; ++cursor.i) {
-      cursor.tiles = unit_tiles<kBranch>(p_, seqlen, cursor.i);
+      cursor.tiles = unit_tiles(p_, branch_, seqlen, cursor.i);
       if (cursor.tile < cursor.tiles) return cursor;
       cursor.tile -= cursor.tiles;
     }
   }
-
-  __device__ __forceinline__ Span span(int b, int i) const {
-    int start = 0;
-    for (int base = 0; base < b; base += 32)
-      start += base + lane_ < b ? sequence_tiles(base + lane_) : 0;
-    start = __reduce_add_sync(0xffffffffu, start);
-    const int seqlen = sequence_length(p_, b);
-    for (int earlier = 0; earlier < i; ++earlier) start += unit_tiles<kBranch>(p_, seqlen, earlier);
-    const int tiles = unit_tiles<kBranch>(p_, seqlen, i);
-    if (tiles == 0) return {0, 0};
-    const int first = start / quota_;
-    return {first, (start + tiles - 1) / quota_ - first + 1};
-  }
-
- private:
   __device__ __forceinline__ int sequence_tiles(int b) const {
     if (b >= p_.batch) return 0;
     const int seqlen = sequence_length(p_, b);
     int tiles = 0;
-    for (int i = 0; i < units_per_sequence<kBranch>(p_); ++i)
-      tiles += unit_tiles<kBranch>(p_, seqlen, i);
+#pragma unroll 1
+    for (int i = 0; i < units_per_sequence(p_, branch_); ++i)
+      tiles += unit_tiles(p_, branch_, seqlen, i);
     return tiles;
   }
   __device__ __forceinline__ int inclusive_sum(int x) const {
@@ -139,15 +171,14 @@ class Schedule {
   }
 
   const DecodeParams& p_;
-  int lane_, total_, quota_;
+  int branch_, lane_, total_, quota_;
 };
 
 /// Where a segment's partial results lie.
-template <int kBranch>
-__device__ __forceinline__ int64_t slot(const DecodeParams& p, int worker, int unit, int head,
-                                        int row_tile) {
+__device__ __forceinline__ int64_t slot(const DecodeParams& p, int branch, int worker, int unit,
+                                        int head, int row_tile) {
   const int64_t index = static_cast<int64_t>(worker + unit) * p.heads_kv + head;
-  return kBranch == kCompressed ? index * p.row_tiles + row_tile : index;
+  return branch == kCompressed ? index * p.row_tiles + row_tile : index;
 }
 
 }  // namespace nsa::cuda::decode

@@ -1,11 +1,11 @@
 // Importance (eq. 8-10) and the choice of the best blocks (eq. 11): one block of threads for each
 // new token and kv head.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/decode/pdl.cuh"
-#include "cuda/decode/schedule.cuh"
+#include "cuda/decode/segments.cuh"
 #include "cuda/decode/select.h"
-#include "cuda/device/softmax.cuh"
 
 namespace nsa::cuda::decode {
 
@@ -27,110 +27,116 @@ struct SelectSmem {
   uint64_t bucket_best[kBuckets];
   uint64_t threshold;
   float lse2[64];
-  int winners[64];
+  int2 winners[64];  // block, page
   int count;
   // then candidates (uint64_t), scores of the blocks, carries into a chunk's first block
 };
 
-/// log2 of the sum of 2^score over the compressed tokens that each head sees: merges the segments.
-__device__ void merge_lse(const DecodeParams& p, const Span& span, int b, int token, int head,
-                          float* lse2) {
-  const int lane = threadIdx.x % 32;
-  for (int g = threadIdx.x / 32; g < p.group; g += kWarps) {
-    const int row = token * p.group + g, rows = p.rows[kCompressed];
-    float max = negative_infinity(), sum = 0.0f;
-    for (int i = lane; i < span.count; i += 32) {
-      const int64_t at = slot<kCompressed>(p, span.first + i, b, head, row / rows);
-      const float2 part = p.partials[kCompressed].sums[at * rows + row % rows];
-      if (part.y == 0.0f) continue;
-      const float new_max = fmaxf(max, part.x);
-      sum = fmaf(sum, exp2f(max - new_max), part.y * exp2f(part.x - new_max));
-      max = new_max;
-    }
-    float all_max = max;
-    for (int distance = 16; distance > 0; distance /= 2)
-      all_max = fmaxf(all_max, __shfl_xor_sync(0xffffffffu, all_max, distance));
-    sum = sum > 0.0f ? sum * exp2f(max - all_max) : 0.0f;
-    for (int distance = 16; distance > 0; distance /= 2)
-      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (lane == 0) lse2[g] = all_max + log2f(sum);
-  }
-}
-
-/// scores[j], j < chunks * kBlocks: importance from a block's own chunk; carries[c]: what chunk
-/// c - 1 adds to the first block of chunk c.
+/// Importance of the blocks, from the weights of all heads.
 template <int kBlocks>
-__device__ void score_blocks(const DecodeParams& p, int64_t first_row, int chunks,
-                             const float* lse2, float* scores, float* carries) {
-  constexpr int kVector = kBlocks < 4 ? 2 : 4;
-  const int part = threadIdx.x % kParts;
-  for (int base = 0; base < chunks; base += kThreads / kParts) {
-    const int chunk = base + threadIdx.x / kParts;
-    float sums[kBlocks] = {}, carry = 0.0f;
-    if (chunk < chunks) {
-#pragma unroll 4
-      for (int g = part; g < p.group; g += kParts) {
-        const int64_t at = (first_row + g) * p.chunks + chunk;
-        float weights[kBlocks];
+class BlockScores {
+  static constexpr int kVector = kBlocks < 4 ? 2 : 4;
+  static constexpr int kHeads = kBlocks <= 4 ? 4 : 1;  // of a thread at a time
+  using Vector = std::conditional_t<kVector == 4, float4, float2>;
+
+ public:
+  /// Of the new token whose rows start at `first_row`. The weights of the first step are on their
+  /// way when this returns: they are needed together with the lse.
+  __device__ __forceinline__ BlockScores(const DecodeParams& p, int64_t first_row, int chunks)
+      : p_(p), first_row_(first_row), chunks_(chunks) {
+    load(0, 0);
+  }
+
+  /// scores[j], j < chunks * kBlocks: what a block gets from its own chunk; carries[c]: what chunk
+  /// c - 1 adds to the first block of chunk c.
+  __device__ __forceinline__ void compute(const float* lse2, float* scores, float* carries) {
+#pragma unroll 1
+    for (int base = 0; base < chunks_; base += kThreads / kParts) {
+      float sums[kBlocks] = {}, carry = 0.0f;
+#pragma unroll 1
+      for (int g = 0; g < p_.group; g += kHeads * kParts) {
 #pragma unroll
-        for (int i = 0; i < kBlocks; i += kVector) {
-          if constexpr (kVector == 4) {
-            *reinterpret_cast<float4*>(weights + i) =
-                *reinterpret_cast<const float4*>(p.weights + at * kBlocks + i);
-          } else {
-            *reinterpret_cast<float2*>(weights + i) =
-                *reinterpret_cast<const float2*>(p.weights + at * kBlocks + i);
-          }
+        for (int h = 0; h < kHeads; ++h) {
+          const int head = g + h * kParts + part();
+          const float factor = head < p_.group ? exp2_approx(carries_[h].y - lse2[head]) : 0.0f;
+          carry = fmaf(carries_[h].x, factor, carry);
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) sums[i] = fmaf(weights_[h][i], factor, sums[i]);
         }
-        const float2 next = p.carries[at];
-        const float factor = exp2f(next.y - lse2[g]);
-        carry = fmaf(next.x, factor, carry);
+        const bool last = g + kHeads * kParts >= p_.group;
+        load(last ? base + kThreads / kParts : base, last ? 0 : g + kHeads * kParts);
+      }
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) sums[i] = fmaf(weights[i], factor, sums[i]);
+      for (int distance = 1; distance < kParts; distance *= 2) {
+        carry += __shfl_xor_sync(0xffffffffu, carry, distance);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+          sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+      }
+      const int chunk = base + threadIdx.x / kParts;
+      if (part() == 0 && chunk < chunks_) {
+        carries[chunk + 1] = carry;
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) scores[chunk * kBlocks + i] = sums[i];
       }
     }
+  }
+
+ private:
+  __device__ __forceinline__ static int part() { return threadIdx.x % kParts; }
+  __device__ __forceinline__ void load(int base, int g) {
+    const int chunk = base + threadIdx.x / kParts;
 #pragma unroll
-    for (int distance = 1; distance < kParts; distance *= 2) {
-      carry += __shfl_xor_sync(0xffffffffu, carry, distance);
+    for (int h = 0; h < kHeads; ++h) {
+      const int head = g + h * kParts + part();
+      const bool valid = chunk < chunks_ && head < p_.group;
+      const int64_t at = (first_row_ + head) * p_.chunks + chunk;
+      carries_[h] = valid ? p_.carries[at] : float2{};
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
-    }
-    if (part == 0 && chunk < chunks) {
-      carries[chunk + 1] = carry;
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) scores[chunk * kBlocks + i] = sums[i];
+      for (int i = 0; i < kBlocks; i += kVector)
+        *reinterpret_cast<Vector*>(&weights_[h][i]) =
+            valid ? *reinterpret_cast<const Vector*>(p_.weights + at * kBlocks + i) : Vector{};
     }
   }
-}
 
-/// The `wanted` best of the blocks [begin, end), ascending, to winners; 0 < wanted < end - begin.
+  const DecodeParams& p_;
+  int64_t first_row_;
+  int chunks_;
+  float2 carries_[kHeads];
+  float weights_[kHeads][kBlocks];
+};
+
+/// The `wanted` best of the blocks [begin, end) and their pages, in no order, to winners; 0 <
+/// wanted < end - begin.
 ///
 /// The wanted-th best of the buckets' bests is no better than the wanted-th best block, and what
 /// reaches it lies in `wanted` buckets: few candidates are left to be ranked against each other.
-__device__ void choose_best(const float* scores, int begin, int end, int wanted, SelectSmem& smem,
-                            uint64_t* candidates) {
-  constexpr int kSharers = kThreads / kBuckets;
-  const int bucket = threadIdx.x / kSharers;
-  const int first = begin + bucket + threadIdx.x % kSharers * kBuckets;
+__device__ void choose_best(const DecodeParams& p, int b, const float* scores, int begin, int end,
+                            int wanted, SelectSmem& smem, uint64_t* candidates) {
+  constexpr int kSharers = kThreads / kBuckets;  // threads of a bucket
+  const int bucket = threadIdx.x / kSharers, sharer = threadIdx.x % kSharers;
+  const int first = begin + bucket + sharer * kBuckets;
   uint64_t best = 0;  // below every key
+#pragma unroll 1
   for (int j = first; j < end; j += kThreads) best = max(best, make_key(scores[j], j));
 #pragma unroll
   for (int distance = 1; distance < kSharers; distance *= 2)
     best = max(best, __shfl_xor_sync(0xffffffffu, best, distance));
-  if (threadIdx.x % kSharers == 0) smem.bucket_best[bucket] = best;
+  if (sharer == 0) smem.bucket_best[bucket] = best;
   if (threadIdx.x == 0) smem.count = 0;
   __syncthreads();
 
-  if (threadIdx.x < kBuckets) {
-    const uint64_t mine = smem.bucket_best[threadIdx.x];
-    int rank = 0;
+  int rank = 0;
 #pragma unroll 8
-    for (int i = 0; i < kBuckets; ++i) rank += smem.bucket_best[i] > mine;
-    if (rank == wanted - 1) smem.threshold = mine;
-  }
+  for (int i = sharer; i < kBuckets; i += kSharers) rank += smem.bucket_best[i] > best;
+#pragma unroll
+  for (int distance = 1; distance < kSharers; distance *= 2)
+    rank += __shfl_xor_sync(0xffffffffu, rank, distance);
+  if (rank == wanted - 1 && sharer == 0) smem.threshold = best;
   __syncthreads();
 
   const uint64_t threshold = smem.threshold;
+#pragma unroll 1
   for (int j = first; j < end; j += kThreads) {
     const uint64_t key = make_key(scores[j], j);
     if (key >= threshold) candidates[atomicAdd(&smem.count, 1)] = key;
@@ -138,18 +144,21 @@ __device__ void choose_best(const float* scores, int begin, int end, int wanted,
   __syncthreads();
 
   const int count = smem.count;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const uint64_t mine = candidates[i];
-    int rank = 0;
-#pragma unroll 4
-    for (int other = 0; other < count; ++other) rank += candidates[other] > mine;
-    if (rank < wanted) smem.winners[rank] = block_of(mine);
+    const int block = block_of(mine), page = sequence_pages(p, b).at(block);
+    int better = 0;
+#pragma unroll 8
+    for (int other = 0; other < count; ++other) better += candidates[other] > mine;
+    if (better < wanted) smem.winners[better] = make_int2(block, page);
   }
   __syncthreads();
 }
 
 template <int kBlocks>
-__global__ void __launch_bounds__(kThreads) select_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    select_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) char memory[];
   SelectSmem& smem = *reinterpret_cast<SelectSmem*>(memory);
   uint64_t* const candidates = reinterpret_cast<uint64_t*>(memory + sizeof(SelectSmem));
@@ -166,46 +175,58 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const DecodeParams p) 
   const int local = max(init, own + 1 - p.config.num_local);
   const int wanted = min(n - init - (own + 1 - local), local - init);
   const bool choice = wanted > 0 && wanted < local - init;
-  Span span{};
-  if (choice) span = Schedule<kCompressed>(p, threadIdx.x % 32).span(b, 0);
+  const int warp = threadIdx.x / 32;
+  Segments segments{};
+  if (choice) segments = row_segments(p, kCompressed, b, token, head, min(warp, p.group - 1));
+  // Entry `index` of the list, unless it is to be chosen.
+  const int index = threadIdx.x;
+  int place = index;
+  int2 block = make_int2(-1, -1);
+  if (index < init + (choice ? 0 : wanted)) {
+    block.x = index;
+  } else if (index >= init + wanted && index < init + wanted + own + 1 - local) {
+    block.x = local + index - init - wanted;
+  }
+  if (block.x >= 0) block.y = sequence_pages(p, b).at(block.x);
   wait_for_previous();
 
   if (choice) {
-    merge_lse(p, span, b, token, head, smem.lse2);
-    const int visible =
-        static_cast<int>(visible_compressed(t, p.config.block_size, p.config.block_stride));
-    const int chunks = ceil_div(visible, kChunk);
-    for (int j = chunks * kBlocks + threadIdx.x; j < local; j += kThreads) scores[j] = 0.0f;
-    __syncthreads();
+    const int chunks = ceil_div(visible_tokens(p, t), kChunk);
     const int64_t first_row =
         ((static_cast<int64_t>(b) * p.heads_kv + head) * p.tokens + token) * p.group;
-    score_blocks<kBlocks>(p, first_row, chunks, smem.lse2, scores, carries);
+    RowSum row_sum(p.partials[kCompressed].sums, segments);
+    BlockScores<kBlocks> block_scores(p, first_row, chunks);
+#pragma unroll 1
+    for (int g = warp; g < p.group; g += kWarps) {
+      if (g >= kWarps)
+        row_sum =
+            RowSum(p.partials[kCompressed].sums, row_segments(p, kCompressed, b, token, head, g));
+      const float lse2 = row_sum.lse2();
+      if (threadIdx.x % 32 == 0) smem.lse2[g] = lse2;
+    }
+#pragma unroll 1
+    for (int j = chunks * kBlocks + threadIdx.x; j < local; j += kThreads) scores[j] = 0.0f;
     __syncthreads();
+    block_scores.compute(smem.lse2, scores, carries);
+    __syncthreads();
+#pragma unroll 1
     for (int chunk = 1 + threadIdx.x; chunk <= chunks; chunk += kThreads)
       scores[chunk * kBlocks] += carries[chunk];
     __syncthreads();
-    choose_best(scores, init, local, wanted, smem, candidates);
+    choose_best(p, b, scores, init, local, wanted, smem, candidates);
   }
 
-  const int index = threadIdx.x;
   if (index >= n) return;
-  int block = -1, place = index;
-  if (index < init) {
-    block = index;
-  } else if (index < init + wanted) {
-    block = index;  // all candidates
-    if (choice) {
-      block = smem.winners[index - init];
-      place = init;
-      for (int i = 0; i < wanted; ++i) place += smem.winners[i] < block;
-    }
-  } else if (index < init + wanted + own + 1 - local) {
-    block = local + index - init - wanted;
+  if (choice && index >= init && index < init + wanted) {
+    block = smem.winners[index - init];
+    place = init;
+#pragma unroll 4
+    for (int i = 0; i < wanted; ++i) place += smem.winners[i].x < block.x;
   }
   p.lists[static_cast<int64_t>(blockIdx.x) * n + place] = block;
   if (p.block_indices.ptr)
     p.block_indices.ptr[b * p.block_indices.batch + token * p.block_indices.seq +
-                        head * p.block_indices.head + place] = block;
+                        head * p.block_indices.head + place] = block.x;
 }
 
 }  // namespace

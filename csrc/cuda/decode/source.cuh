@@ -6,62 +6,49 @@
 
 namespace nsa::cuda::decode {
 
-/// A key index that no row sees.
-inline constexpr int kNoKey = 1 << 30;
-
-/// What the keys of a unit are.
+/// The keys of a unit. Tile i holds those from begin + 64 i on; of the selected branch these count
+/// along its list of blocks.
 struct Unit {
   int b;
-  int position;     // of its query: of the first one (compressed), or the only one
-  int begin, end;   // keys: [begin, end); selected: `begin` is unused
-  const int* list;  // selected: blocks, `count` of them
+  Pages pages;
+  int position;      // of the query: of the first one (compressed), or the only one
+  int begin, end;    // only keys before `end` exist
+  const int2* list;  // selected branch: blocks and their pages, `count` of them; else null
   int count;
 };
 
-/// What the sources share. Rows of a block of threads are counted from 0.
-class SourceBase {
+/// Rows: the new tokens of a sequence times the heads of a group, from row_tile * rows on.
+class CompressedSource {
  public:
-  __device__ __forceinline__ SourceBase(const DecodeParams& p, int head) : p_(p), head_(head) {}
-  __device__ __forceinline__ int head() const { return head_; }
-
- protected:
-  __device__ __forceinline__ int physical(int b, int page) const {
-    const int64_t index = static_cast<int64_t>(b) * p_.max_pages + page;
-    return p_.block_table ? p_.block_table[index] : static_cast<int>(index);
-  }
-  const DecodeParams& p_;
-  int head_;
-};
-
-class CompressedSource : public SourceBase {
- public:
-  static constexpr Branch kBranch = kCompressed;
+  static constexpr bool kHasWeights = true;
   __device__ __forceinline__ CompressedSource(const DecodeParams& p, int head, int row_tile)
-      : SourceBase(p, head),
+      : p_(p),
+        head_(head),
         first_row_(row_tile * p.rows[kCompressed]),
         block_weights_(p, threadIdx.x % 32) {}
 
+  __device__ __forceinline__ int branch() const { return kCompressed; }
+  __device__ __forceinline__ int head() const { return head_; }
   __device__ __forceinline__ Unit unit(int b, int) const {
     const int seqlen = sequence_length(p_, b);
-    return {b, seqlen - p_.tokens, 0, visible(seqlen - 1), nullptr, 0};
+    return {b, sequence_pages(p_, b),          seqlen - p_.tokens,
+            0, visible_tokens(p_, seqlen - 1), nullptr,
+            0};
   }
-  /// The page of key `i` of a tile, or -1 where there is none.
-  __device__ __forceinline__ int page(const Unit& unit, int tile, int i) const {
-    const int c = tile * kTileKeys + i;
-    return c < unit.end ? physical(unit.b, c >> strides_shift()) : -1;
+  /// The index of a key; of 16 consecutive offsets from a multiple of 16 on the keys are
+  /// consecutive.
+  __device__ __forceinline__ int key(const Unit&, int offset) const { return offset; }
+  /// The page of a key, or -1 where there is none.
+  __device__ __forceinline__ int page(const Unit& unit, int offset) const {
+    return offset < unit.end ? unit.pages.at(offset >> page_shift()) : -1;
   }
-  __device__ __forceinline__ int row_in_page(const Unit&, int, int i) const {
-    return i & ((1 << strides_shift()) - 1);
-  }
-  /// The index of key `i` of a tile; the 16 keys from a multiple of 16 on are consecutive.
-  __device__ __forceinline__ int key(const Unit&, int tile, int i) const {
-    return tile * kTileKeys + i;
-  }
+  /// log2 of the keys of a page: key `offset` is row offset mod 2^page_shift.
+  __device__ __forceinline__ int page_shift() const { return p_.select_shift - p_.stride_shift; }
+
   /// The keys [lo, hi) that a row sees.
   __device__ __forceinline__ void bounds(const Unit& unit, int row, int& lo, int& hi) const {
-    const int index = first_row_ + row;
     lo = 0;
-    hi = row_exists(row) ? visible(unit.position + index / p_.group) : 0;
+    hi = row_exists(row) ? visible_tokens(p_, unit.position + (first_row_ + row) / p_.group) : 0;
   }
   __device__ __forceinline__ bool row_exists(int row) const {
     return first_row_ + row < p_.tokens * p_.group;
@@ -76,71 +63,61 @@ class CompressedSource : public SourceBase {
   __device__ __forceinline__ const BlockWeights& block_weights() const { return block_weights_; }
 
  private:
-  __device__ __forceinline__ int strides_shift() const { return p_.select_shift - p_.stride_shift; }
-  __device__ __forceinline__ int visible(int t) const {
-    return static_cast<int>(visible_compressed(t, p_.config.block_size, p_.config.block_stride));
-  }
-  int first_row_;
+  const DecodeParams& p_;
+  int head_, first_row_;
   BlockWeights block_weights_;
 };
 
-/// Rows are the heads of one new token.
-class TokenSource : public SourceBase {
+/// The window or the selected branch. Rows: the heads of one new token. One class for both, so that
+/// one copy of the main loop serves them: instructions that are not yet in a multiprocessor's cache
+/// cost a short call as much as its data.
+class TokenSource {
  public:
-  using SourceBase::SourceBase;
-  __device__ __forceinline__ int row_in_page(const Unit& unit, int tile, int i) const {
-    return (unit.begin + tile * kTileKeys + i) & ((1 << p_.select_shift) - 1);
-  }
-  __device__ __forceinline__ void bounds(const Unit& unit, int row, int& lo, int& hi) const {
-    lo = unit.begin;
-    hi = row_exists(row) ? unit.end : lo;
-  }
-  __device__ __forceinline__ bool row_exists(int row) const { return row < p_.group; }
-  __device__ __forceinline__ int2 token_head(int i, int row) const { return make_int2(i, row); }
-};
+  static constexpr bool kHasWeights = false;
+  __device__ __forceinline__ TokenSource(const DecodeParams& p, int branch, int head)
+      : p_(p), branch_(branch), head_(head) {}
 
-class WindowSource : public TokenSource {
- public:
-  static constexpr Branch kBranch = kWindow;
-  using TokenSource::TokenSource;
-
+  __device__ __forceinline__ int branch() const { return branch_; }
+  __device__ __forceinline__ int head() const { return head_; }
   __device__ __forceinline__ Unit unit(int b, int i) const {
     const int t = sequence_length(p_, b) - p_.tokens + i;
-    return {b, t, max(0, t + 1 - p_.config.window), t + 1, nullptr, 0};
-  }
-  __device__ __forceinline__ int page(const Unit& unit, int tile, int i) const {
-    const int s = key(unit, tile, i);
-    return s < unit.end ? physical(unit.b, s >> p_.select_shift) : -1;
-  }
-  __device__ __forceinline__ int key(const Unit& unit, int tile, int i) const {
-    return unit.begin + tile * kTileKeys + i;
-  }
-};
-
-class SelectedSource : public TokenSource {
- public:
-  static constexpr Branch kBranch = kSelected;
-  using TokenSource::TokenSource;
-
-  __device__ __forceinline__ Unit unit(int b, int i) const {
-    const int t = sequence_length(p_, b) - p_.tokens + i;
+    if (branch_ == kWindow)
+      return {b, sequence_pages(p_, b), t, max(0, t + 1 - p_.config.window), t + 1, nullptr, 0};
     const int64_t row = (static_cast<int64_t>(b) * p_.tokens + i) * p_.heads_kv + head_;
     return {b,
+            sequence_pages(p_, b),
             t,
             0,
             t + 1,
             p_.lists + row * p_.config.num_selected,
             min(p_.config.num_selected, (t >> p_.select_shift) + 1)};
   }
-  __device__ __forceinline__ int page(const Unit& unit, int tile, int i) const {
-    const int s = key(unit, tile, i);
-    return s < unit.end ? physical(unit.b, s >> p_.select_shift) : -1;
+  __device__ __forceinline__ int key(const Unit& unit, int offset) const {
+    if (unit.list == nullptr) return offset;
+    const int entry = offset >> p_.select_shift;
+    return entry < unit.count ? key_of(unit.list[entry].x, offset) : unit.end;
   }
-  __device__ __forceinline__ int key(const Unit& unit, int tile, int i) const {
-    const int offset = tile * kTileKeys + i, entry = offset >> p_.select_shift;
-    if (entry >= unit.count) return kNoKey;
-    return (unit.list[entry] << p_.select_shift) + (offset & ((1 << p_.select_shift) - 1));
+  __device__ __forceinline__ int page(const Unit& unit, int offset) const {
+    const int entry = offset >> p_.select_shift;
+    if (unit.list == nullptr) return offset < unit.end ? unit.pages.at(entry) : -1;
+    if (entry >= unit.count) return -1;
+    const int2 block = unit.list[entry];
+    return key_of(block.x, offset) < unit.end ? block.y : -1;
   }
+  __device__ __forceinline__ int page_shift() const { return p_.select_shift; }
+  __device__ __forceinline__ void bounds(const Unit& unit, int row, int& lo, int& hi) const {
+    lo = unit.begin;
+    hi = row_exists(row) ? unit.end : lo;
+  }
+  __device__ __forceinline__ bool row_exists(int row) const { return row < p_.group; }
+  __device__ __forceinline__ int2 token_head(int i, int row) const { return make_int2(i, row); }
+
+ private:
+  __device__ __forceinline__ int key_of(int block, int offset) const {
+    return (block << p_.select_shift) + (offset & ((1 << p_.select_shift) - 1));
+  }
+  const DecodeParams& p_;
+  int branch_, head_;
 };
 
 }  // namespace nsa::cuda::decode
