@@ -310,22 +310,39 @@ class NSACache:
             raw_k, raw_v, tail_k, tail_v, self._state, device_counts, table, pools[0].shape[0],
             config,
         )  # fmt: skip
-        compress_new = getattr(compress, "compress_new", None)
-        result = compress_new(*arguments) if compress_new else None
-        if result is None:
-            rows_k, rows_v, steps = torch.ops.nsa_ext.cache_gather(*arguments)
-            result = (*check_pair(compress(rows_k, rows_v)), steps)
-        new_k, new_v, steps = result
-        blocks = -(-tokens // self.config.block_stride)
-        for name, x, dim in (("k_cmp", new_k, self.head_dim), ("v_cmp", new_v, self.head_dim_v)):
-            shape = (self.batch_size, blocks, self.num_kv_heads, dim)
-            check_tensor(f"compress: {name}", x, ("B", "Tc", "Hkv", "D"), shape, like=k)
+        new_k, new_v, steps = self._compress_new(compress, arguments)
         torch.ops.nsa_ext.cache_append(
             self._state, *pools, tail_k, tail_v, steps, k, v, k_win, v_win, raw_k, raw_v,
-            *(x if rows_aligned(x) else x.contiguous() for x in (new_k, new_v)), table,
+            new_k, new_v, table,
             self.rope_inv_freq, config,
         )  # fmt: skip
         self._storage.count(self._sequences, new, exact)
+
+    def _compress_new(self, compress: Compress, arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """Compressed tokens (B, ceil(T / d), Hkv, Dk) and (.., Dv), those of blocks that the new
+        tokens complete first, and the steps of cache_append."""
+        compress_new = getattr(compress, "compress_new", None)
+        result = compress_new(*arguments) if compress_new else None
+        if result is not None:
+            return result
+        rows_k, rows_v, steps = torch.ops.nsa_ext.cache_gather(*arguments)
+        blocks = self.config.num_compressed(rows_k.shape[1])
+        shape = (self.batch_size, blocks, self.num_kv_heads)
+        if self.device.type == "cpu" and not self._complete_blocks(steps):
+            sizes = ((*shape, self.head_dim), (*shape, self.head_dim_v))
+            return rows_k.new_zeros(sizes[0]), rows_k.new_zeros(sizes[1]), steps
+        pair = check_pair(compress(rows_k, rows_v))
+        for name, x, dim in zip(("k", "v"), pair, (self.head_dim, self.head_dim_v), strict=True):
+            dims = ("B", "Tc", "Hkv", f"D{name}")
+            check_tensor(f"compress: {name}_cmp", x, dims, (*shape, dim), like=rows_k)
+        new_k, new_v = (x if rows_aligned(x) else x.contiguous() for x in pair)
+        return new_k, new_v, steps
+
+    def _complete_blocks(self, steps: Tensor) -> bool:
+        """Whether any sequence completes a block: 1 step of d in decode. On the CPU, where lengths
+        can be read without a wait."""
+        count = self.config.num_compressed
+        return any(count(old + taken) > count(old) for old, taken, _ in steps.tolist())
 
     def make_room(self, tokens: int | Sequence[int], *, exact: bool = True) -> None:
         """The host's share of an append of ``tokens`` to each sequence: checks the room, grows or

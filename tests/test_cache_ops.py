@@ -199,6 +199,14 @@ def call(**changes):
     return sparse_attn_with_kvcache(**arguments)
 
 
+# Enough new tokens for a block.
+LONG = {
+    "q": torch.randn(2, 9, 4, 10),
+    "gates": torch.rand(2, 9, 4, 3),
+    "k": torch.randn(2, 9, 2, 10),
+    "v": torch.randn(2, 9, 2, 6),
+}
+
 CALL_ERRORS = {
     "cache": ({"cache": 3}, TypeError, "cache: expected an NSACache, got int"),
     "q": ({"q": None}, TypeError, "q: expected a tensor, got NoneType"),
@@ -244,10 +252,12 @@ CALL_ERRORS = {
         "compress: expected a compressor of block_size=8 as in config, got 32",
     ),
     "compress result": (
-        {"compress": lambda k, v: (k[:, :1], v[:, :, :1])}, ValueError,
-        r"compress: v_cmp: expected shape \(B=2, Tc=1, Hkv=2, D=6\)",
+        {**LONG, "compress": lambda k, v: (k[:, :3], v[:, :3, :1])}, ValueError,
+        r"compress: v_cmp: expected shape \(B=2, Tc=3, Hkv=2, Dv=6\)",
     ),
-    "compress pair": ({"compress": lambda k, v: k}, TypeError, "compress: expected a KVCompressor"),
+    "compress pair": (
+        {**LONG, "compress": lambda k, v: k}, TypeError, "compress: expected a KVCompressor",
+    ),
     "counts": ({"counts": [1]}, ValueError, "counts: expected 2 ints, got 1"),
     "counts too large": ({"counts": [1, 4]}, ValueError, "counts: expected at most the 3 rows"),
     "counts dtype": (
