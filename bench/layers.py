@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import sdpa_kernel
 
 import nsa_ext
-from nsa_ext._rope import rotary_table, rotate
+from nsa_ext._rope import inverse_frequencies, rotary_table, rotate
 
 THETA = 10000.0
 
@@ -25,13 +25,28 @@ class DenseAttention(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim, bias=False, **where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device))
+        return self._attend(q, k, v, is_causal=True)
+
+    def step(self, x: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        """The last token of caches (B, S, Hkv, D), which is written into them."""
+        last = k_cache.shape[1] - 1
+        q, k, v = self._project(x, torch.full((1,), last, device=x.device))
+        k_cache[:, last:], v_cache[:, last:] = k, v
+        return self._attend(q, k_cache, v_cache, is_causal=False)
+
+    def _project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        positions = torch.arange(x.shape[1], device=x.device)
-        table = rotary_table(positions, self.head_dim, THETA, x.dtype)
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, table), rotate(k, table), v))
+        table = rotary_table(
+            positions, inverse_frequencies(self.head_dim, THETA, x.dtype, x.device)
+        )
+        return rotate(q, table), rotate(k, table), v
+
+    def _attend(self, q, k, v, is_causal: bool) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(SDPA[self.backend]):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
         return self.out(out.transpose(1, 2).flatten(2))
 
 

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from common import REPOSITORY, RESULTS, read_results
+from common import REPOSITORY, RESULTS, key_of, read_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -28,6 +29,7 @@ import matplotlib.pyplot as plt
 
 WIDTH = 9.0  # inches; at 150 dpi somewhat wider than a README column
 INPUTS = {"random": "#2166ac", "coherent": "#1b9e77", "real": "#d95f02"}
+BATCHES = ("#7b3294", "#c51b7d", "#4d4d4d")  # decoding
 DENSE = {"flash2": ("FlashAttention-2", "-", "#666666"), "cudnn": ("cuDNN", "--", "#999999")}
 BRANCHES = {  # benchmarks that add up to a pass, bottom to top
     "compress": ("compression", "#bdbdbd"),
@@ -65,6 +67,7 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
 }
@@ -132,52 +135,48 @@ def speedups(rows: Rows, base: Rows) -> dict[int, float]:
     return {n: theirs[n] / ms for n, ms in ours.items() if n in theirs and ms > 0}
 
 
+def draw_speedups(ax: Axes, part: Rows, field: str, colors: dict) -> dict[str, Line2D]:
+    """A line for each value of `field` and each dense implementation; returns them by name."""
+    lines, lengths, highest = {}, set(), 1.0
+    for value in part.where(impl="nsa").values(field):
+        for base, (name, line, _) in DENSE.items():
+            theirs = part.where(impl=base)
+            # Dense attention is measured on one kind of inputs, but for every batch size.
+            theirs = theirs.where(batch=value) if field == "batch" else theirs
+            points = speedups(part.where(**{"impl": "nsa", field: value}), theirs)
+            if points:
+                lines[f"{value} over {name}"], *_ = ax.plot(
+                    *zip(*points.items(), strict=True), line, marker="o", color=colors[value]
+                )
+                lengths |= set(points)
+                highest = max(highest, *points.values())
+    length_axis(ax, sorted(lengths)[:: -max(1, len(lengths) // 5)])
+    ratio_axis(ax, highest)
+    return lines
+
+
 def speedup(rows: Rows) -> Figure | None:
     """Forward and backward by inputs; decoding by batch size."""
     operator = rows.where(what="operator").where(impl={"nsa", *DENSE})
     operator = Rows([row for row in operator.rows if row.get("gpu")])
-    decode = rows.where(what="decode")
+    decode = rows.where(what="decode", l2="cold", **{"pass": "decode"})
     if not operator.where(impl="nsa") or not operator.where(impl=set(DENSE)):
         return None
-    panels = [("forward", operator), ("backward", operator)]
-    if decode.where(impl="nsa"):
-        panels.append(("decode", decode))
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.5), squeeze=False)
-    for ax, (name, part) in zip(axes[0], panels, strict=True):
-        lengths, highest = set(), 1.0
-        part = part.where(**{"pass": name})
-        for base, (label, line, _) in DENSE.items():
-            kinds = part.where(impl="nsa").values("batch" if name == "decode" else "inputs")
-            for i, kind in enumerate(kinds):
-                if name == "decode":
-                    ours = part.where(impl="nsa", batch=kind)
-                    theirs, text = part.where(impl=base, batch=kind), f"batch {kind}"
-                    color = list(INPUTS.values())[i % 3]
-                else:
-                    ours, theirs = part.where(impl="nsa", inputs=kind), part.where(impl=base)
-                    text, color = f"{kind} inputs", INPUTS[kind]
-                points = speedups(ours, theirs)
-                if not points:
-                    continue
-                ax.plot(*zip(*points.items(), strict=True), line, marker="o", color=color,
-                        label=f"{text}, {label}")  # fmt: skip
-                lengths |= set(points)
-                highest = max(highest, *points.values())
-        length_axis(ax, sorted(lengths)[:: max(1, len(lengths) // 5)])
-        ratio_axis(ax, highest)
-        ax.set_title({"decode": "decode, one token"}.get(name, name))
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    half = len(labels) // 2  # a column for each kind of inputs: FlashAttention-2 above cuDNN
-    order = [i for pair in zip(range(half), range(half, 2 * half), strict=True) for i in pair]
-    order = order if len(labels) == 2 * half else range(len(labels))
-    figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="lower center",
-        ncol=-(-len(labels) // 2),
-    )
-    if len(panels) == 3:
-        axes[0][2].legend(loc="upper left", fontsize=8)
+    count = 3 if decode.where(impl="nsa") and decode.where(impl=set(DENSE)) else 2
+    figure, axes = plt.subplots(1, count, figsize=(WIDTH, 3.6))
+    lines = {}
+    for ax, name in zip(axes, ("forward", "backward"), strict=False):
+        lines |= draw_speedups(ax, operator.where(**{"pass": name}), "inputs", INPUTS)
+        ax.set_title(name)
+    if count == 3:
+        sizes = decode.where(impl="nsa").values("batch")
+        colors = dict(zip(sizes, BATCHES, strict=False))
+        found = draw_speedups(axes[2], decode.where(batch=set(colors)), "batch", colors)
+        axes[2].set_title("decode, one token")
+        named = {f"batch {name.split()[0]}": line for name, line in reversed(found.items())}
+        axes[2].legend(named.values(), named.keys(), loc="best")
+    # A column for each kind of inputs: FlashAttention-2 above cuDNN.
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncol=-(-len(lines) // 2))
     heading(figure, f"Speed-up over dense attention, {machine_of(operator)}")
     figure.tight_layout(rect=(0, 0.14, 1, 1))
     return figure
@@ -335,7 +334,8 @@ def roofline(rows: Rows) -> Figure | None:
         moved = row.get("gather_gbytes") or row["gbytes"]
         x, y, kind = row["gflop"] / moved, row["tflops"], row["inputs"]
         marker = "s" if row["kernel"].endswith("_bwd") else "o"
-        seen[kind] = ax.scatter(x, y, s=42, color=INPUTS[kind], marker=marker, zorder=3)
+        ax.scatter(x, y, s=42, color=INPUTS[kind], marker=marker, zorder=3)
+        seen.setdefault(kind, ax.scatter([], [], s=42, color=INPUTS[kind]))
         batch = f", batch {row['batch']}" if row["kernel"] == "decode" else ""
         labels.setdefault(ROOFLINE[row["kernel"]] + batch, (x, y))
     handles = {f"{kind} inputs": seen[kind] for kind in INPUTS if kind in seen}
@@ -393,7 +393,9 @@ FIGURES: dict[str, Callable[[Rows], Figure | None]] = {
 
 def draw(folder: Path, output: Path, names: list[str]) -> list[Path]:
     """Draws the named figures from all result files of a folder; returns what was written."""
-    rows = Rows([row for path in sorted(folder.glob("*.json")) for row in read_results(path)[1]])
+    files = [read_results(path)[1] for path in sorted(folder.glob("*.json"))]
+    # Of rows that measured the same the one in the last file counts.
+    rows = Rows(list({key_of(row): row for file in files for row in file}.values()))
     written = []
     output.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):

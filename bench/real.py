@@ -23,7 +23,7 @@ from inputs import distinct_blocks, make_inputs, shared_fraction
 from torch import nn
 
 import nsa_ext
-from nsa_ext._rope import rotary_table, rotate
+from nsa_ext._rope import inverse_frequencies, rotary_table, rotate
 
 EXAMPLES = REPOSITORY / "examples"
 CHECKPOINT = REPOSITORY / "runs" / "bench" / "nsa.pt"
@@ -41,7 +41,8 @@ class RotatedCompressor(nn.Module):
     def forward(self, k, v, cu_seqlens_k=None, max_seqlen_k=None):
         k_cmp, v_cmp = self.phi(k, v, cu_seqlens_k, max_seqlen_k)
         positions = torch.arange(k_cmp.shape[1], device=k.device) * self.config.block_stride
-        table = rotary_table(positions, k.shape[-1], self.theta, k.dtype)
+        inv_freq = inverse_frequencies(k.shape[-1], self.theta, k.dtype, k.device)
+        table = rotary_table(positions, inv_freq)
         return rotate(k_cmp, table), v_cmp
 
 

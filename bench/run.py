@@ -22,6 +22,7 @@ import attentions
 import real
 import torch
 from common import RESULTS, Timing, environment, measure, print_table, write_results
+from decode import run_decode
 from inputs import make_inputs, shared_fraction
 from layers import make_layer
 
@@ -71,10 +72,14 @@ class Meter:
         backward = times["forward+backward"].minus(times["forward"])
         self.add(row, **{"pass": "backward"}, **backward.fields())
 
-    def once(self, row: dict, call: Callable[[], object], **values) -> Timing:
-        timing = measure(call, **self.limits)
-        self.add(row, **timing.fields(), **values)
-        return timing
+    def time(self, call: Callable[[], object], before: Callable[[], object]) -> Timing:
+        return measure(call, before=before, **self.limits)
+
+    @staticmethod
+    def release() -> None:
+        """Gives what is no longer used back to the device."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _peak_extra_gb(call: Callable[[], object]) -> float:
@@ -86,11 +91,6 @@ def _peak_extra_gb(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
-
-
-def release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def names(args: argparse.Namespace, length: int, kind: str) -> Iterator[str]:
@@ -139,9 +139,9 @@ def run_operator(meter: Meter, args: argparse.Namespace) -> None:
                 leaves = inputs.tensors if name.startswith("nsa") else inputs.tensors[:4]
                 with attentions.backend_of(name):
                     meter.passes(row, call, leaves, weights)
-                release()
+                meter.release()
             del inputs
-            release()
+            meter.release()
 
 
 def run_window(meter: Meter, args: argparse.Namespace) -> None:
@@ -152,7 +152,7 @@ def run_window(meter: Meter, args: argparse.Namespace) -> None:
             row = {"what": "window", "impl": name, "inputs": "random", "batch": 1}
             call = attentions.window(name, length, size)
             meter.passes({**row, "seqlen": length, **shape_of(args)}, call, inputs.tensors[:3], [])
-            release()
+            meter.release()
 
 
 def run_layer(meter: Meter, args: argparse.Namespace) -> None:
@@ -170,16 +170,16 @@ def run_layer(meter: Meter, args: argparse.Namespace) -> None:
             row |= {"seqlen": length, **shape_of(args), "dim": args.layer_dim}
             with attentions.backend_of(name):
                 meter.passes(row, layer, [x], list(layer.parameters()))
-            release()
+            meter.release()
         del layer
-        release()
+        meter.release()
 
 
 def show(rows: list[dict]) -> None:
     """A line for each row, with its speed-up over the dense implementations."""
 
     def key(row: dict) -> tuple:
-        return row["what"], row["seqlen"], row["batch"], row["pass"]
+        return tuple(row.get(name) for name in ("what", "seqlen", "batch", "pass", "l2"))
 
     dense = {(row["impl"], *key(row)): row["median_ms"] for row in rows if row["impl"] in DENSE}
 
@@ -188,7 +188,7 @@ def show(rows: list[dict]) -> None:
         return base / row["median_ms"] if base and row["impl"] != name else None
 
     fields = ("what", "batch", "seqlen", "inputs", "impl", "pass", "median_ms", "q1_ms", "q3_ms")
-    more = ("peak_extra_gb", "neighbours_share")
+    more = ("l2", "tbps", "peak_extra_gb", "neighbours_share")
     print_table(
         [*fields, "x cuDNN", "x FA2", *more],
         [
@@ -244,7 +244,12 @@ def parse() -> argparse.Namespace:
     return args
 
 
-SECTIONS = {"operator": run_operator, "layer": run_layer, "window": run_window}
+SECTIONS = {
+    "operator": run_operator,
+    "layer": run_layer,
+    "window": run_window,
+    "decode": run_decode,
+}
 
 
 def main() -> None:

@@ -278,6 +278,20 @@ def test_recorded_inputs_give_the_recorded_selection(monkeypatch):
     assert torch.equal(out.flatten(2), seen[0])
 
 
+def test_decode_steps():
+    from decode import ROOM, bytes_read, nsa_operator
+
+    attend, store_and_attend, cache = nsa_operator(2, 1500, 4, 2, (16, 8), device="cpu")
+    assert cache.sync() == [1500, 1500] and cache.capacity >= 1500 + ROOM
+    assert attend().shape == (2, 1, 4, 8)
+    assert torch.equal(attend(), attend())
+    store_and_attend()
+    assert cache.sync() == [1501, 1501]
+    # 92 compressed tokens, 16 blocks of 64, a window of 512.
+    assert bytes_read(2, 1500, 2, (16, 8), sparse=True) == 2 * (92 + 1024 + 512) * 2 * 24 * 2
+    assert bytes_read(2, 1500, 2, (16, 8), sparse=False) == 2 * 1500 * 2 * 24 * 2
+
+
 # Figures.
 
 
@@ -292,7 +306,7 @@ def figure_rows():
                     fields = {"impl": impl, "inputs": inputs, "pass": name, "seqlen": seqlen}
                     memory = {} if name == "backward" else {"peak_extra_gb": seqlen / 1e4}
                     rows.append(row(factor * seqlen / 1e3, **fields, **memory, **place))
-            decode = {"what": "decode", "impl": impl, "pass": "decode", "inputs": "random"}
+            decode = {"what": "decode", "impl": impl, "pass": "decode", "l2": "cold"}
             for batch in (1, 8):
                 rows.append(row(factor, **decode, seqlen=seqlen, batch=batch, **place))
         shape = {"inputs": "random", "l2": "warm", "batch": 1, "head_dim": 128, "head_dim_v": 128}
