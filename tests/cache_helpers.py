@@ -83,15 +83,15 @@ class Sequences:
     def step(self, cache, begin, end, sequences=slice(None)):
         """Appends the tokens [begin, end) and attends: out and block_indices."""
         q, gates, new = self.rows(begin, end, sequences)
-        with poisoned(self.backend.device):
-            return sparse_attn_with_kvcache(q, cache, gates, **new, return_selection=True)
+        return sparse_attn_with_kvcache(q, cache, gates, **new, return_selection=True)
 
     def run(self, cache, chunks, begin=0):
         """All results of a run in chunks, one after the other."""
         results = []
-        for chunk in chunks:
-            results.append(self.step(cache, begin, begin + chunk))
-            begin += chunk
+        with poisoned(self.backend.device):
+            for chunk in chunks:
+                results.append(self.step(cache, begin, begin + chunk))
+                begin += chunk
         return tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
 
     def full(self, end=None):

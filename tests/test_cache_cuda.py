@@ -144,6 +144,7 @@ def test_no_call_waits_for_the_device(paged):
     sequences, cache = make(paged)
     counts = torch.tensor([3, 0, 7], dtype=torch.int32, device="cuda")
     lengths = torch.tensor([390, 391, 400], dtype=torch.int32, device="cuda")
+    index = torch.tensor([2, 0, 1], device="cuda")
     sequences.step(cache, 0, 1)  # loads the kernels
     torch.cuda.synchronize()
     with no_sync():
@@ -158,7 +159,7 @@ def test_no_call_waits_for_the_device(paged):
         cache.truncate(lengths)
         cache.truncate(395)
         if not paged:
-            cache.reorder(torch.tensor([2, 0, 1], device="cuda"))
+            cache.reorder(index)
         cache.reorder([1, 1, 0])
         cache[1:2].reset()
     expected = [390, 0, 395] if not paged else [391, 0, 390]

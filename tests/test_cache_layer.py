@@ -1,9 +1,11 @@
-"""NSAAttention with a cache, and the example that generates text."""
+"""NSAAttention with a cache."""
+
+import copy
 
 import pytest
 import torch
-from helpers import CUDA_BACKENDS, Backend, backend_params
-from test_modules import OPTIONS, layer
+from helpers import CUDA_BACKENDS, Backend, backend_params, rms
+from test_modules import OPTIONS, layer, plain_layer
 
 devices = pytest.mark.parametrize(
     "backend", backend_params([Backend("cpu", torch.float64), CUDA_BACKENDS[0]]), indirect=True
@@ -28,12 +30,23 @@ def test_the_cached_layer_is_the_layer(options, backend):
     x = torch.randn(2, seqlen, 20, generator=generator).to(backend.device, backend.dtype)
     with torch.no_grad():
         full = module(x)
-    tolerance = 1e-11 if backend.device == "cpu" else 3e-2
     for paged in ({}, {"num_pages": 2 * seqlen}):
         cache = module.new_cache(2, seqlen, **paged)
         out = run(module, x, cache, [seqlen - 40, *[1] * 31, 9])
-        torch.testing.assert_close(out, full, rtol=tolerance, atol=tolerance)
+        assert_same_layer(module, x, out, full)
         assert cache.sync() == [seqlen, seqlen] and not out.requires_grad
+
+
+def assert_same_layer(module, x, out, full):
+    """float64: the same numbers. 16 bits, where near ties make single selections differ: no further
+    from the layer in float64 than twice the uncached one."""
+    if x.dtype == torch.float64:
+        torch.testing.assert_close(out, full, rtol=1e-11, atol=1e-12)
+        return
+    with torch.no_grad():
+        exact = plain_layer(copy.deepcopy(module).double(), x.double())
+    assert torch.isfinite(out).all()
+    assert rms(out - exact) <= 2 * rms(full - exact)
 
 
 @devices
@@ -52,11 +65,13 @@ def test_sequences_of_different_lengths(backend):
         token = torch.stack([x[b, n + step : n + step + 1] for b, n in enumerate(lengths)])
         outs.append(module(token, cache=cache))
     out = torch.cat(outs, dim=1)
-    tolerance = 1e-11 if backend.device == "cpu" else 3e-2
     for b, length in enumerate(lengths):
+        rows = x[b : b + 1, : length + 12]
         with torch.no_grad():
-            alone = module(x[b : b + 1, : length + 12])[0, length - 1 :]
-        torch.testing.assert_close(out[b], alone, rtol=tolerance, atol=tolerance)
+            alone = module(rows)
+        # The prompt but for its last row comes from the layer alone.
+        ours = torch.cat([alone[:, : length - 1], out[b : b + 1]], dim=1)
+        assert_same_layer(module, rows, ours, alone)
 
 
 def test_a_float32_layer_under_autocast():

@@ -354,6 +354,7 @@ Tensor2 decode_fwd(Tensor q, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor k_pa
                    ScalarType::Int);
   params.out = view<void>(out, false);
   params.block_indices = view<int32_t>(block_indices, false);
+  if (shape.total_q == 0) return {out, block_indices};
   const bool chunk = shape.seqlen_q * (shape.heads_q / shape.heads_kv) > kMaxDecodeRows;
   if (!q.is_cpu() && chunk) {
     STD_TORCH_CHECK(!block_table, "a chunk of more than ", kMaxDecodeRows,
