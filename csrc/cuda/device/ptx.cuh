@@ -14,6 +14,9 @@ __device__ __forceinline__ uint32_t smem_addr(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// x, the same in all lanes, for the compiler to know: what follows runs in uniform registers.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // ---- Asynchronous copies, global -> shared ------------------------------------------------------
 
 /// 16 bytes past L1; both addresses 16-byte aligned. Writes zeros, and reads nothing, where !valid.

@@ -55,7 +55,7 @@ struct FwdBlock {
   __device__ __forceinline__ FwdBlock(const FwdArgs& args, char* raw)
       : args(args),
         p(args.p),
-        smem(reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023})),
+        smem(raw + (-smem_addr(raw) & 1023)),  // so that the compiler sees shared memory
         barriers(*reinterpret_cast<Barriers*>(smem)) {}
 
   /// One thread; the block synchronises afterwards.

@@ -87,21 +87,20 @@ class Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Cursor& at) const {
-    const uint32_t tile = block_.tile(at);
+    const uint64_t q = desc_k_major(uniform(q_)), keys = desc_k_major(uniform(block_.tile(at)));
 #pragma unroll
     for (int k = 0; k < Shape::kDimQk / 16; ++k)
-      wgmma_ss<T, kTileKeys>(s, desc_k_major(q_ + k / 4 * 8192 + k % 4 * 32),
-                             desc_k_major(tile + k / 4 * Shape::kPanelBytes + k % 4 * 32), k > 0);
+      wgmma_ss<T, kTileKeys>(s, q + (k / 4 * 8192 + k % 4 * 32) / 16,
+                             keys + (k / 4 * Shape::kPanelBytes + k % 4 * 32) / 16, k > 0);
     wgmma_commit();
   }
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
                                                const uint32_t (&pack)[kScores / 2],
                                                const Cursor& at) const {
-    const uint32_t tile = block_.tile(at);
+    const uint64_t values = desc_mn_major(uniform(block_.tile(at)), Shape::kPanelBytes);
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k)
-      wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k,
-                                desc_mn_major(tile + k * 2048, Shape::kPanelBytes));
+      wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k, values + k * 2048 / 16);
     wgmma_commit();
   }
 

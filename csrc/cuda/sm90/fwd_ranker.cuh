@@ -34,7 +34,8 @@ class Columns {
   __device__ __forceinline__ explicit Columns(const FwdBlock<Shape>& block)
       : block_(block), memory_(reinterpret_cast<float*>(block.extra())) {}
 
-  /// Column 0 of a slot; the kHalo before it are those of the tile before.
+  /// Column 0 of a slot. The kHalo before that of a token's first share are the token's own, from
+  /// the tile before.
   __device__ __forceinline__ float* at(int ring_slot, int slot) const {
     return memory_ + (ring_slot * slots(block_.p) + slot) * kPitch + sm80::kHalo;
   }
@@ -65,22 +66,15 @@ class Ranker {
       const int tiles = Range(p_, job).tiles(Shape::kTileKeys);
       for (int token = warp_; token < job.tokens; token += kRankingWarps) {
         list(job, token).clear(lane_);
-        for (int i = 0; i < shares(); ++i)
-          if (lane_ < sm80::kHalo) halo(at_.slot, token, i)[lane_] = 0.0f;
+        if (lane_ < sm80::kHalo) halo(at_.slot, token)[lane_] = 0.0f;
       }
       __syncwarp();
       for (int tile = 0; tile < tiles; ++tile) {
         Block::wait_full(block_.barriers.columns_full, at_);
-        const int next = at_.slot + 1 == block_.args.column_slots ? 0 : at_.slot + 1;
-        for (int token = warp_; token < job.tokens; token += kRankingWarps) {
-          score<true>(job, token, tile);
-          float last[kMaxShares];
-          for (int i = 0; i < shares(); ++i)
-            last[i] =
-                lane_ < sm80::kHalo ? halo(at_.slot, token, i)[Shape::kTileKeys + lane_] : 0.0f;
-          __syncwarp();
-          for (int i = 0; i < shares(); ++i)
-            if (lane_ < sm80::kHalo) halo(next, token, i)[lane_] = last[i];
+        if (short_blocks()) {
+          rank_short(job, tile);
+        } else {
+          rank_any(job, tile);
         }
         Block::arrive(block_.barriers.columns_empty, at_);
         at_.advance(block_.args.column_slots);
@@ -88,9 +82,12 @@ class Ranker {
       const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
       for (int token = warp_; token < job.tokens; token += kRankingWarps) {
         // Blocks that begin past the last compressed token: all but the halo is zero there.
-        score<false>(job, token, tiles);
-        for (int tile = tiles + 1; tile << blocks_shift() <= last_block; ++tile)
-          score_nothing(job, token, tile);
+        for (int tile = tiles; tile << blocks_shift() <= last_block; ++tile) {
+          const float* before = columns_.at(at_.slot, token * shares());
+          offer_tile(job, token, tile, [&](int column) {
+            return tile == tiles && column < 0 ? before[column] : 0.0f;
+          });
+        }
         const TopList best = list(job, token);
         best.merge(lane_);
         write_indices(p_, job, token, sm80::Forced(p_, job.position(token)), best, lane_);
@@ -100,61 +97,103 @@ class Ranker {
   }
 
  private:
-  static constexpr int kMaxShares = 4;  // 16-row shares of a token with G = 64
-
   __device__ __forceinline__ int shares() const { return Columns<Shape>::shares(p_); }
+  __device__ __forceinline__ int strides_shift() const { return p_.select_shift - p_.stride_shift; }
+  /// log2 of the blocks that begin in a tile.
   __device__ __forceinline__ int blocks_shift() const {
     static_assert(Shape::kTileKeys == 128);
-    return 7 - (p_.select_shift - p_.stride_shift);
+    return 7 - strides_shift();
   }
-  __device__ __forceinline__ float* halo(int ring_slot, int token, int share) const {
-    return columns_.at(ring_slot, token * shares() + share) - sm80::kHalo;
+  /// The column sums of a token before the tile, over all of its shares.
+  __device__ __forceinline__ float* halo(int ring_slot, int token) const {
+    return columns_.at(ring_slot, token * shares()) - sm80::kHalo;
+  }
+  __device__ __forceinline__ int next_slot() const {
+    return at_.slot + 1 == block_.args.column_slots ? 0 : at_.slot + 1;
   }
   __device__ __forceinline__ TopList list(const sm80::Job& job, int token) const {
     return columns_.list(token, sm80::Forced(p_, job.position(token)));
   }
 
-  /// Offers the blocks of a tile to the token's list. Without kColumns only the halo counts.
-  template <bool kColumns>
-  __device__ __forceinline__ void score(const sm80::Job& job, int token, int tile) const {
+  /// Blocks of four strides that at most one column reaches into from before, as with the default
+  /// lengths: each lane scores one, from one read of 16 bytes.
+  __device__ __forceinline__ bool short_blocks() const {
+    return strides_shift() == 2 && p_.config.block_size <= 2 * p_.config.block_stride;
+  }
+  __device__ __forceinline__ void rank_short(const sm80::Job& job, int tile) const {
+    constexpr int kBatch = 3;  // tokens at a time: their reads overlap
+    const float reach = p_.config.block_size > p_.config.block_stride ? 2.0f : 1.0f;
+    for (int first = warp_; first < job.tokens; first += kBatch * kRankingWarps) {
+      float score[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int token = first + i * kRankingWarps;
+        if (token >= job.tokens) continue;
+        const float* column = columns_.at(at_.slot, token * shares());
+        float4 v = *reinterpret_cast<const float4*>(column + 4 * lane_);
+        for (int share = 1; share < shares(); ++share) {
+          const float4 more =
+              *reinterpret_cast<const float4*>(column + share * Columns<Shape>::kPitch + 4 * lane_);
+          v = make_float4(v.x + more.x, v.y + more.y, v.z + more.z, v.w + more.w);
+        }
+        float before = __shfl_up_sync(0xffffffffu, v.w, 1);
+        if (lane_ == 0) before = column[-1];
+        if (lane_ == 31) columns_.at(next_slot(), token * shares())[-1] = v.w;
+        score[i] = (reach - 1.0f) * before + reach * (v.x + v.y + v.z) + v.w;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int token = first + i * kRankingWarps;
+        if (token >= job.tokens) continue;
+        const sm80::Forced forced(p_, job.position(token));
+        const int block = tile * 32 + lane_;
+        offer(columns_.list(token, forced), score[i], block, forced.leaves_open(block));
+      }
+    }
+  }
+
+  /// Any lengths.
+  __device__ __forceinline__ void rank_any(const sm80::Job& job, int tile) const {
+    for (int token = warp_; token < job.tokens; token += kRankingWarps) {
+      const float* columns = columns_.at(at_.slot, token * shares());
+      const auto sum = [&](int column) {
+        float value = columns[column];
+        for (int share = 1; column >= 0 && share < shares(); ++share)
+          value += columns[share * Columns<Shape>::kPitch + column];
+        return value;
+      };
+      offer_tile(job, token, tile, sum);
+      if (lane_ < sm80::kHalo)
+        halo(next_slot(), token)[lane_] = sum(Shape::kTileKeys - sm80::kHalo + lane_);
+    }
+  }
+
+  /// Offers the blocks of a tile to a token's list; sum(i) is that of column i of the tile.
+  template <class Sum>
+  __device__ __forceinline__ void offer_tile(const sm80::Job& job, int token, int tile,
+                                             const Sum& sum) const {
     const sm80::Forced forced(p_, job.position(token));
     const TopList best = columns_.list(token, forced);
-    const int strides_shift = p_.select_shift - p_.stride_shift, shares = this->shares();
-    const float* column = columns_.at(at_.slot, token * shares);
     for (int base = 0; base < 1 << blocks_shift(); base += 32) {
       const int local_block = base + lane_, block = (tile << blocks_shift()) + local_block;
       const bool candidate = local_block < 1 << blocks_shift() && forced.leaves_open(block);
-      float value = 0.0f;
-      if (candidate && (kColumns || base == 0)) {
-        const float* first = column + (local_block << strides_shift);
-        value = sm80::block_score(p_, [&](int k) {
-          if (!kColumns && (local_block << strides_shift) + k >= 0) return 0.0f;
-          float sum = first[k];
-          for (int i = 1; i < shares; ++i) sum += first[i * Columns<Shape>::kPitch + k];
-          return sum;
-        });
-      }
-      offer(best, value, block, candidate);
-    }
-  }
-  __device__ __forceinline__ void score_nothing(const sm80::Job& job, int token, int tile) const {
-    const sm80::Forced forced(p_, job.position(token));
-    const TopList best = columns_.list(token, forced);
-    for (int base = 0; base < 1 << blocks_shift(); base += 32) {
-      const int block = (tile << blocks_shift()) + base + lane_;
-      offer(best, 0.0f, block, base + lane_ < 1 << blocks_shift() && forced.leaves_open(block));
+      float score = 0.0f;
+      if (candidate)
+        score =
+            sm80::block_score(p_, [&](int k) { return sum((local_block << strides_shift()) + k); });
+      offer(best, score, block, candidate);
     }
   }
 
   /// One block of each lane, all of one token.
-  __device__ __forceinline__ void offer(const TopList& best, float value, int block,
+  __device__ __forceinline__ void offer(const TopList& best, float score, int block,
                                         bool candidate) const {
     for (;;) {
-      const bool admitted = candidate && best.admits(value);
+      const bool admitted = candidate && best.admits(score);
       const uint32_t mask = __ballot_sync(0xffffffffu, admitted);
       if (mask == 0) return;
       if (!best.overflows(__popc(mask))) {
-        if (admitted) best.append(value, block, mask, lane_);
+        if (admitted) best.append(score, block, mask, lane_);
         __syncwarp();
         return;
       }
