@@ -80,7 +80,13 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     nsa_bench = load_module(args.module)
 
+    where = environment("cuda") | {"torch": "none"}
+    rows = []
+
     def progress(row: dict) -> None:
+        rows.append({name: rounded(value) for name, value in row.items()})
+        # Each time, so that a run that is stopped leaves what it has measured.
+        write_results(args.output, rows, where)
         what = row.get("error") or f"{row['median_ms']:.4g} ms"
         print(f"{label(row)} {row.get('seqlen', '')} {row.get('inputs', '')}: {what}", flush=True)
 
@@ -88,14 +94,11 @@ def main() -> None:
         results = nsa_bench.run(rest, progress)
     except nsa_bench.UsageError as error:
         parser.error(f"{error}\n\n{nsa_bench.usage()}")
-    rows = [{name: rounded(value) for name, value in row.items()} for row in results["rows"]]
-    where = environment("cuda") | {"torch": "none"}
-    where |= {k: v for k, v in results["environment"].items() if k not in ("command", "commit")}
-    if where["commit"] == "unknown":
-        where["commit"] = results["environment"]["commit"]
+    for name, value in results["environment"].items():
+        where.setdefault(name, value)
+    write_results(args.output, rows, where)
     print()
     print_table(["benchmark", *COLUMNS], [table_row(row) for row in rows])
-    write_results(args.output, rows, where)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Meter:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows = args, []
+        self.where = {**environment("cuda"), "compress": args.compress}
         self.limits = {
             "device": "cuda",
             "warmup": 2,
@@ -46,6 +47,8 @@ class Meter:
     def add(self, row: dict, **values) -> None:
         row = {**row, **values}
         self.rows.append(row)
+        # Each time, so that a run that is stopped leaves what it has measured.
+        write_results(self.args.output, self.rows, self.where)
         name = " ".join(str(row[key]) for key in ("what", "impl", "inputs", "seqlen", "pass"))
         print(f"{name}: {row['median_ms']} ms", flush=True)
 
@@ -260,7 +263,6 @@ def main() -> None:
     for name, section in SECTIONS.items():
         if name in args.what:
             section(meter, args)
-    write_results(args.output, meter.rows, {**environment("cuda"), "compress": args.compress})
     show(meter.rows)
 
 

@@ -399,21 +399,61 @@ def test_gpu_sweep_says_that_there_is_no_gpu():
 
 
 def test_all_gpu_runs_the_steps_that_it_is_told(tmp_path):
-    def run(steps):
+    def run(steps, **variables):
         command = ["bash", str(BENCH / "all_gpu.sh"), str(tmp_path)]
-        environment = {**os.environ, "STEPS": steps, "PYTHON": "false"}
+        environment = {**os.environ, "STEPS": steps, "PYTHON": "false", **variables}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     done = run("nothing")
     assert done.returncode == 0 and done.stdout == ""
     done = run("decode")
     assert done.returncode == 1
-    assert "bench/run.py decode" in done.stdout and "decode: FAILED" in done.stdout
+    assert "bench/run.py" in done.stdout and "decode: FAILED" in done.stdout
+    done = run("decode layer", LIMIT="1")
+    assert done.returncode == 1 and done.stdout.count("LEFT OUT") == 2
+    assert run("decode", PROFILE="fast").returncode == 2
 
 
 def test_micro_says_how_to_build_its_module(tmp_path):
     done = script(BENCH / "micro.py", "--module", tmp_path)
     assert done.returncode == 1 and "--help` says how to build it" in done.stderr
+
+
+FAKE_MODULE = """
+class UsageError(ValueError): pass
+def usage(): return "usage: fake"
+def run(arguments, progress):
+    if arguments == ["--odd"]: raise UsageError("unknown option --odd")
+    window = {"kernel": "window", "part": "", "seqlen": 64, "median_ms": 1 / 3}
+    rows = [{**window, "arguments": arguments}, {"kernel": "select", "error": "not supported"}]
+    for row in rows: progress(row)
+    return {"environment": {"gpu": "G", "multiprocessors": 7, "command": "nsa_bench"}, "rows": rows}
+"""
+
+
+def test_micro_drives_the_module(tmp_path, monkeypatch, capsys):
+    import common
+    import micro
+
+    (tmp_path / "nsa_bench.py").write_text(FAKE_MODULE)
+    monkeypatch.delitem(sys.modules, "nsa_bench", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(micro, "environment", lambda device: common.environment())
+    out = tmp_path / "out.json"
+    options = ["--module", str(tmp_path), "--output", str(out)]
+    monkeypatch.setattr(sys, "argv", ["micro.py", *options, "window", "--lengths", "64"])
+    micro.main()
+    where, rows = common.read_results(out)
+    assert where["multiprocessors"] == 7 and where["command"] != "nsa_bench"
+    assert rows[0]["median_ms"] == 0.333333 and rows[0]["commit"] == where["commit"]
+    assert rows[0]["arguments"] == ["window", "--lengths", "64"]
+    assert "not supported" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["micro.py", *options, "--odd"])
+    with pytest.raises(SystemExit) as exit_:
+        micro.main()
+    assert exit_.value.code == 2
+    assert "unknown option --odd" in capsys.readouterr().err
 
 
 def test_micro_table():
