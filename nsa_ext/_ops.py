@@ -174,6 +174,13 @@ def _(k, v, tail_k, tail_v, state, counts, block_table, num_pages, config,
     return (*tokens, state.new_empty(batch, 3))
 
 
+@_fake("cache_compress_pool")
+def _(k, v, tail_k, tail_v, state, *rest):
+    batch, _, num_heads, _ = k.shape
+    tokens = (k.new_empty(batch, 1, num_heads, x.shape[-1]) for x in (k, v))
+    return (*tokens, state.new_empty(batch, 3))
+
+
 @_fake("cache_append")
 def _(*args):
     return None

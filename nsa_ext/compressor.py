@@ -226,17 +226,23 @@ class KVCompressor(nn.Module):
     def compress_new(
         self, k: Tensor, v: Tensor, *cache: object
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A step of decode in one operator, ``cache_compress_mlp``, whose first arguments these
-        are: k_cmp, v_cmp and steps. None where there is none and :meth:`forward` has to do it."""
+        """A step of decode in one operator, ``cache_compress_mlp`` or ``cache_compress_pool``,
+        whose first arguments these are: k_cmp, v_cmp and steps. None where there is none and
+        :meth:`forward` has to do it."""
         plain = type(self).forward is KVCompressor.forward and not self._forward_hooks
-        if not plain or self.kind not in ("mlp", "linear") or k.device.type != "cuda":
+        if not plain or k.device.type != "cuda" or k.shape[1] > self.config.block_stride:
             return None
         phis = (self.phi_k, self.phi_v)
-        if k.shape[1] > self.config.block_stride or any(phi.w1.shape[1] % 8 for phi in phis):
+        weights = [phi.cast_weights(k.dtype) for phi in phis]
+        if self.phi_k.w1 is None:
+            self._check_input(k, v, packed=False)
+            pools = [weight for phi in weights for weight in phi[:2]]
+            return torch.ops.nsa_ext.cache_compress_pool(k, v, *cache, *pools)
+        if any(phi.w1.shape[1] % 8 for phi in phis):
             return None
         self._check_input(k, v, packed=False)
-        weights = [weight for phi in phis for weight in phi.cast_weights(k.dtype)[1:]]
-        return torch.ops.nsa_ext.cache_compress_mlp(k, v, *cache, *weights)
+        dense = [weight for phi in weights for weight in phi[1:]]
+        return torch.ops.nsa_ext.cache_compress_mlp(k, v, *cache, *dense)
 
     def _check_input(self, k: Tensor, v: Tensor, packed: bool) -> None:
         check_compress_input(k, v, packed, self.head_dim, self.head_dim_v)

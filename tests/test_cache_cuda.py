@@ -7,6 +7,7 @@ import pytest
 import torch
 from cache_helpers import Sequences
 from helpers import CUDA_BACKENDS, assert_same_bits
+from test_compress import KINDS
 
 from nsa_ext import NSAConfig, sparse_attn_with_kvcache
 
@@ -166,10 +167,10 @@ def test_no_call_waits_for_the_device(paged):
     assert cache.sync() == expected
 
 
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_phi_of_a_step_is_phi(kind, per_head):
-    """cache_compress_mlp against the compressor itself, which another callable hides."""
+    """cache_compress_mlp and _pool against the compressor itself, which another callable hides."""
     for config in (NSAConfig(), NSAConfig(64, 32, 64)):
         sequences = Sequences(
             BF16, 400, batch=3, kind=kind, per_head=per_head, config=config, dims=(192, 128)
@@ -195,8 +196,9 @@ def test_phi_of_a_step_is_phi(kind, per_head):
                 torch.testing.assert_close(ours, theirs, rtol=1.6e-2, atol=1e-3)
 
 
-def test_a_lost_tail_is_nan_in_a_step_too():
-    sequences = Sequences(BF16, 300, batch=3, kind="mlp")
+@pytest.mark.parametrize("kind", ["mlp", "weighted"])
+def test_a_lost_tail_is_nan_in_a_step_too(kind):
+    sequences = Sequences(BF16, 300, batch=3, kind=kind)
     cache = sequences.cache(max_rollback=0)
     sequences.step(cache, 0, 200)
     cache.truncate(torch.tensor([200, 110, 200], dtype=torch.int32, device="cuda"))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from cache_helpers import Sequences
 from helpers import CUDA_BACKENDS, Backend, backend_params
+from test_compress import KINDS
 
 import nsa_ext
 from nsa_ext import KVCompressor, NSAAttention, NSACache, NSAConfig, sparse_attn_with_kvcache
@@ -52,22 +53,22 @@ def test_opcheck_cache_gather(tokens, backend, paged):
 
 @pytest.mark.gpu
 @layouts
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
-def test_opcheck_cache_compress_mlp(kind, paged):
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_cache_compress(kind, paged):
     backend = CUDA_BACKENDS[0]
     with backend.active():
         sequences, cache = make(backend, paged=paged)
         compress = KVCompressor(
             64, kind=kind, config=cache.config, device="cuda", dtype=cache.dtype
         )
-        weights = [
-            w for phi in (compress.phi_k, compress.phi_v) for w in phi.cast_weights(cache.dtype)[1:]
-        ]
-        arguments = (
-            *gather_arguments(sequences, cache, 50, 51),
-            *(None if w is None else w.detach() for w in weights),
-        )
-        torch.library.opcheck(ops.cache_compress_mlp.default, arguments)
+        name, part = "mlp", slice(1, 6)
+        if kind in ("mean", "weighted"):
+            name, part = "pool", slice(0, 2)
+        phis = (compress.phi_k, compress.phi_v)
+        weights = [w for phi in phis for w in phi.cast_weights(cache.dtype)[part]]
+        weights = [None if w is None else w.detach() for w in weights]
+        arguments = (*gather_arguments(sequences, cache, 50, 51), *weights)
+        torch.library.opcheck(getattr(ops, f"cache_compress_{name}").default, arguments)
 
 
 @layouts

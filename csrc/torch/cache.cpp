@@ -167,6 +167,22 @@ Tensor3 new_gathered(CacheGather& params, const Tensor& like, int64_t rows, int6
 
 #ifdef NSA_EXT_WITH_CUDA
 
+/// A weight of phi, or null where it is absent.
+const void* weight_ptr(const OptTensor& weight, const char* name, const std::vector<int64_t>& sizes,
+                       const Tensor& like) {
+  if (!weight) return nullptr;
+  check(*weight, name, sizes, like.scalar_type(), like);
+  check_contiguous(*weight, name);
+  return weight->const_data_ptr();
+}
+
+void check_step(const CacheShape& s, int64_t weight_heads) {
+  STD_TORCH_CHECK(s.tokens >= 1 && s.tokens <= s.config.block_stride,
+                  "k must have 1 to block_stride tokens, got ", s.tokens);
+  STD_TORCH_CHECK(weight_heads == 1 || weight_heads == s.heads, "phi's weights must have 1 or ",
+                  s.heads, " heads, got ", weight_heads);
+}
+
 PhiWeights phi_weights(const CacheCompressMlp& params, int64_t dim, const char* pos_name,
                        const OptTensor& pos, const char* w1_name, const Tensor& w1,
                        const char* b1_name, const OptTensor& b1, const char* w2_name,
@@ -179,18 +195,11 @@ PhiWeights phi_weights(const CacheCompressMlp& params, int64_t dim, const char* 
   PhiWeights phi{};
   phi.hidden = w1.size(1);
   phi.dim_out = w2 ? w2->size(1) : phi.hidden;
-  const auto pointer = [&](const OptTensor& weight, const char* name,
-                           const std::vector<int64_t>& sizes) -> const void* {
-    if (!weight) return nullptr;
-    check(*weight, name, sizes, like.scalar_type(), like);
-    check_contiguous(*weight, name);
-    return weight->const_data_ptr();
-  };
-  phi.pos = pointer(pos, pos_name, {heads, l, dim});
-  phi.w1 = pointer(w1, w1_name, {heads, phi.hidden, l * dim});
-  phi.b1 = pointer(b1, b1_name, {heads, phi.hidden});
-  phi.w2 = pointer(w2, w2_name, {heads, phi.dim_out, phi.hidden});
-  phi.b2 = pointer(b2, b2_name, {heads, phi.dim_out});
+  phi.pos = weight_ptr(pos, pos_name, {heads, l, dim}, like);
+  phi.w1 = weight_ptr(w1, w1_name, {heads, phi.hidden, l * dim}, like);
+  phi.b1 = weight_ptr(b1, b1_name, {heads, phi.hidden}, like);
+  phi.w2 = weight_ptr(w2, w2_name, {heads, phi.dim_out, phi.hidden}, like);
+  phi.b2 = weight_ptr(b2, b2_name, {heads, phi.dim_out}, like);
   return phi;
 }
 
@@ -225,12 +234,9 @@ Tensor3 cache_compress_mlp(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Ten
   params.tokens = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
                                 cache_config(config));
   const CacheShape& s = params.tokens.shape;
-  STD_TORCH_CHECK(s.tokens >= 1 && s.tokens <= s.config.block_stride,
-                  "k must have 1 to block_stride tokens, got ", s.tokens);
   STD_TORCH_CHECK(k_w1.dim() == 3, "k_w1 must have 3 dims, got ", shape_string(k_w1));
   params.weight_heads = k_w1.size(0);
-  STD_TORCH_CHECK(params.weight_heads == 1 || params.weight_heads == s.heads,
-                  "phi's weights must have 1 or ", s.heads, " heads, got ", params.weight_heads);
+  check_step(s, params.weight_heads);
   params.k = phi_weights(params, s.dim_qk, "k_pos", k_pos, "k_w1", k_w1, "k_b1", k_b1, "k_w2", k_w2,
                          "k_b2", k_b2, k);
   params.v = phi_weights(params, s.dim_v, "v_pos", v_pos, "v_w1", v_w1, "v_b1", v_b1, "v_w2", v_w2,
@@ -241,6 +247,31 @@ Tensor3 cache_compress_mlp(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Ten
       [&](void* workspace, cuda::Stream stream) {
         cuda::cache_compress_mlp(params, workspace, stream);
       });
+  return results;
+}
+
+Tensor3 cache_compress_pool(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
+                            OptTensor counts, OptTensor block_table, int64_t num_pages,
+                            std::vector<int64_t> config, OptTensor k_weight, OptTensor k_pos,
+                            OptTensor v_weight, OptTensor v_pos) {
+  CacheCompressPool params{};
+  params.tokens = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
+                                cache_config(config));
+  const CacheShape& s = params.tokens.shape;
+  params.weight_heads = 1;
+  for (const OptTensor& weight : {k_weight, k_pos, v_weight, v_pos}) {
+    if (weight && weight->dim() && weight->size(0) != 1) params.weight_heads = weight->size(0);
+  }
+  check_step(s, params.weight_heads);
+  const int64_t heads = params.weight_heads, l = s.config.block_size;
+  params.k = {weight_ptr(k_weight, "k_weight", {heads, l}, k),
+              weight_ptr(k_pos, "k_pos", {heads, l, s.dim_qk}, k)};
+  params.v = {weight_ptr(v_weight, "v_weight", {heads, l}, k),
+              weight_ptr(v_pos, "v_pos", {heads, l, s.dim_v}, k)};
+  const Tensor3 results = new_gathered(params.tokens, k, 1, s.dim_qk, s.dim_v);
+  run(
+      k, [] {}, [] { return int64_t{0}; },
+      [&](void*, cuda::Stream stream) { cuda::cache_compress_pool(params, stream); });
   return results;
 }
 

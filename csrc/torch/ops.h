@@ -71,6 +71,10 @@ Tensor3 cache_compress_mlp(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Ten
                            std::vector<int64_t> config, OptTensor k_pos, Tensor k_w1,
                            OptTensor k_b1, OptTensor k_w2, OptTensor k_b2, OptTensor v_pos,
                            Tensor v_w1, OptTensor v_b1, OptTensor v_w2, OptTensor v_b2);
+Tensor3 cache_compress_pool(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
+                            OptTensor counts, OptTensor block_table, int64_t num_pages,
+                            std::vector<int64_t> config, OptTensor k_weight, OptTensor k_pos,
+                            OptTensor v_weight, OptTensor v_pos);
 #endif
 void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
                   OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,

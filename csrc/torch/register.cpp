@@ -59,12 +59,15 @@ STABLE_TORCH_LIBRARY(nsa_ext, m) {
       "Tensor dv_win, "
       "Tensor dgates)");
   // What cache_gather hands to cache_append: `steps`, by sequence its length, the tokens taken and
-  // those offered. cache_compress_mlp, which CUDA alone has, is cache_gather and phi in one.
+  // those offered. cache_compress_*, which CUDA alone has, are cache_gather and phi in one.
   m.def("cache_gather(" NSA_NEW_TOKENS ") -> (Tensor k_rows, Tensor v_rows, Tensor steps)");
   m.def("cache_compress_mlp(" NSA_NEW_TOKENS
         ", Tensor? k_pos, Tensor k_w1, Tensor? k_b1, Tensor? k_w2, Tensor? k_b2, Tensor? v_pos, "
         "Tensor v_w1, Tensor? v_b1, Tensor? v_w2, Tensor? v_b2) -> (Tensor k_cmp, Tensor v_cmp, "
         "Tensor steps)");
+  m.def("cache_compress_pool(" NSA_NEW_TOKENS
+        ", Tensor? k_weight, Tensor? k_pos, Tensor? v_weight, Tensor? v_pos) -> (Tensor k_cmp, "
+        "Tensor v_cmp, Tensor steps)");
   m.def(
       "cache_append(Tensor(a!) state, Tensor(b!) k_pages, Tensor(c!) v_pages, Tensor(d!)? "
       "k_win_pages, Tensor(e!)? v_win_pages, Tensor(f!) k_cmp_pages, Tensor(g!) v_cmp_pages, "
@@ -114,6 +117,7 @@ STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CPU, m) { register_kernels(m); }
 STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CUDA, m) {
   register_kernels(m);
   m.impl("cache_compress_mlp", TORCH_BOX(&nsa::binding::cache_compress_mlp));
+  m.impl("cache_compress_pool", TORCH_BOX(&nsa::binding::cache_compress_pool));
 }
 #endif
 

@@ -75,6 +75,17 @@ struct CacheCompressMlp {
   PhiWeights k, v;
 };
 
+/// phi of kinds `mean` and `weighted`, as in CompressPoolFwd.
+struct PoolWeights {
+  const void *weight, *pos;
+};
+/// As CacheCompressMlp.
+struct CacheCompressPool {
+  CacheGather tokens;
+  int64_t weight_heads;  // Hw
+  PoolWeights k, v;
+};
+
 /// Where a tensor's pages are written; as PagedView.
 struct PagedOut {
   void* ptr = nullptr;
@@ -108,6 +119,7 @@ namespace cuda {
 void cache_gather(const CacheGather& params, Stream stream);
 int64_t cache_compress_mlp_workspace(const CacheCompressMlp& params);
 void cache_compress_mlp(const CacheCompressMlp& params, void* workspace, Stream stream);
+void cache_compress_pool(const CacheCompressPool& params, Stream stream);
 void cache_append(const CacheAppend& params, Stream stream);
 
 }  // namespace cuda
