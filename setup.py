@@ -1,8 +1,8 @@
 """Builds nsa_ext/_C.abi3.so with torch.utils.cpp_extension. The metadata is in pyproject.toml.
 
 NSA_EXT_CUDA=auto|0|1      CUDA kernels: where nvcc is found (auto), never, or required
-TORCH_CUDA_ARCH_LIST       e.g. "8.0;9.0": their targets; 9.0 means 9.0a; default "8.0+PTX;9.0a"
-NSA_EXT_SM90=0|1           the Hopper forward, which is under development; default 0
+TORCH_CUDA_ARCH_LIST       e.g. "8.0;9.0": their targets; 9.0 means 9.0a, and brings the Hopper
+                           kernels with it; default "8.0+PTX;9.0a"
 CUDA_HOME                  the toolkit; default: asked of the nvcc on PATH
 MAX_JOBS                   parallel compilations
 """
@@ -82,7 +82,7 @@ def extension():
         cpp_extension.CUDA_HOME = str(home)
         common.append("-DNSA_EXT_WITH_CUDA")
         cxx += ["-DNSA_EXT_WITH_CUDA", f'-DNSA_EXT_CUDA_ARCHS="{archs()}"']
-        hopper = os.environ.get("NSA_EXT_SM90") == "1"
+        hopper = any("sm_90a" in flag for flag in gencode_flags())
         if hopper:
             common.append("-DNSA_EXT_WITH_SM90")
         sources += [f for f in ROOT.glob("csrc/cuda/**/*.cu") if hopper or "sm90" not in str(f)]

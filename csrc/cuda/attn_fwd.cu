@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cuda/common.h"
+#include "cuda/fwd/branches.h"
 #include "cuda/instances/attn_instances.h"
 #include "cuda/sm80/fwd.h"
 #include "cuda/sm90/fwd.h"
@@ -133,24 +134,32 @@ std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& con
   return reasons;
 }
 
-int64_t attn_fwd_workspace(const AttnFwd& call, Backend) { return sm80::branch_workspace(call); }
+int64_t attn_fwd_workspace(const AttnFwd& call, Backend) { return branch_workspace(call); }
 
 void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend backend) {
   if (params.shape.total_q == 0 || params.shape.heads_q == 0) return;
   AttnFwd call = params;
   if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
   const Capability capability = check_call(call);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
 #ifdef NSA_EXT_WITH_SM90
   const std::vector<std::string> reasons =
-      sm90::fwd_unsupported(capability.major, capability.minor);
+      sm90::fwd_unsupported(call.shape, capability.major, capability.minor);
   if (backend == Backend::kSm90 && !reasons.empty()) throw std::invalid_argument(join(reasons));
-  if (backend != Backend::kSm80 && reasons.empty())
-    return sm90::attn_fwd(call, workspace, static_cast<cudaStream_t>(stream));
+  const auto on_hopper = [&](const FwdParams& branch) {
+    return backend == Backend::kSm90 ||
+           (backend == Backend::kAuto && reasons.empty() && sm90::fwd_pays(call.shape, branch));
+  };
 #else
   (void)capability;
   if (backend == Backend::kSm90) throw std::invalid_argument("this build has no Hopper forward");
 #endif
-  sm80::attn_fwd(call, workspace, static_cast<cudaStream_t>(stream));
+  for_each_branch(call, workspace, [&](const FwdParams& branch) {
+#ifdef NSA_EXT_WITH_SM90
+    if (on_hopper(branch)) return sm90::attn_fwd_branch(call.shape, branch, cuda_stream);
+#endif
+    sm80::attn_fwd_branch(call.shape, branch, cuda_stream);
+  });
 }
 
 }  // namespace nsa::cuda

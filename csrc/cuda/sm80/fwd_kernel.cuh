@@ -9,7 +9,7 @@
 
 #include "cuda/device/ring.cuh"
 #include "cuda/device/softmax.cuh"
-#include "cuda/sm80/fwd_gates.cuh"
+#include "cuda/fwd/gates.cuh"
 #include "cuda/sm80/fwd_mma.cuh"
 #include "cuda/sm80/fwd_selection.cuh"
 #include "cuda/sm80/fwd_source.cuh"

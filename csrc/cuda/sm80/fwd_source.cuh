@@ -7,7 +7,7 @@
 //   bounds(view, segment, token, lo, hi)   the token sees keys lo <= s < hi of the segment
 #pragma once
 
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/fwd/job.cuh"
 
 namespace nsa::cuda::sm80 {
 

@@ -3,28 +3,37 @@
 
 #include "cuda/common.h"
 #include "cuda/instances/attn_instances.h"
-#include "cuda/sm80/fwd.h"
 #include "cuda/sm90/fwd.h"
 
 namespace nsa::cuda::sm90 {
 
-std::vector<std::string> fwd_unsupported(int major, int minor) {
+std::vector<std::string> fwd_unsupported(const AttnShape& shape, int major, int minor) {
   std::vector<std::string> reasons;
   if (major != 9 || minor != 0) reasons.push_back("the Hopper kernels need compute capability 9.0");
+  // Tiles are loaded whole: what lies past a sequence's keys must at least be finite.
+  if (shape.seqused_k) reasons.push_back("the Hopper kernels take no seqused_k");
   return reasons;
 }
 
-void attn_fwd(const AttnFwd& call, void* workspace, cudaStream_t stream) {
-  const AttnShape& shape = call.shape;
-  sm80::for_each_branch(call, workspace, [&](const sm80::FwdParams& params) {
+bool fwd_pays(const AttnShape& shape, const FwdParams& p) {
+  // Measured on an H100 (docs/kernels/forward.md). The ranking warps need long contexts to keep up;
+  // a warp of small groups holds several tokens, which choose different blocks.
+  constexpr int kRankingFrom = 32768;
+  if (shape.dim_qk < 128) return false;
+  const bool large_groups = p.log2_group >= 4;
+  if (p.branch == kCompressed && p.block_indices.ptr)
+    return large_groups && p.seqlen_k >= kRankingFrom;
+  return large_groups || p.branch != kSelected;
+}
+
+void attn_fwd_branch(const AttnShape& shape, const FwdParams& params, cudaStream_t stream) {
 #define NSA_LAUNCH(T, kDk, kDv)                                                        \
   if (shape.dim_qk == kDk && shape.dim_v == kDv &&                                     \
       shape.dtype == (std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16)) \
     return launch_fwd<T, kDk, kDv>(shape, params, stream);
-    NSA_ATTN_INSTANCES(NSA_LAUNCH)
+  NSA_ATTN_INSTANCES(NSA_LAUNCH)
 #undef NSA_LAUNCH
-    throw std::logic_error("no forward kernel for these head dims");  // supports() names them
-  });
+  throw std::logic_error("no forward kernel for these head dims");  // supports() names them
 }
 
 }  // namespace nsa::cuda::sm90

@@ -6,19 +6,21 @@
 #include <string>
 #include <vector>
 
-#include "cuda/sm80/fwd_params.h"
-#include "nsa/params.h"
+#include "cuda/fwd/params.h"
 
 namespace nsa::cuda::sm90 {
 
 /// Why these kernels would not take a call that the portable ones take.
-std::vector<std::string> fwd_unsupported(int major, int minor);
+std::vector<std::string> fwd_unsupported(const AttnShape& shape, int major, int minor);
 
-/// One branch; `shape` gives the extents of the tensors.
+/// Whether the kernel of this branch is the faster one.
+bool fwd_pays(const AttnShape& shape, const FwdParams& params);
+
+/// One branch of a call that the instances cover.
+void attn_fwd_branch(const AttnShape& shape, const FwdParams& params, cudaStream_t stream);
+
+/// The same in one instance.
 template <class T, int kDk, int kDv>
-void launch_fwd(const AttnShape& shape, sm80::FwdParams params, cudaStream_t stream);
-
-/// All enabled branches, one kernel each.
-void attn_fwd(const AttnFwd& call, void* workspace, cudaStream_t stream);
+void launch_fwd(const AttnShape& shape, FwdParams params, cudaStream_t stream);
 
 }  // namespace nsa::cuda::sm90

@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "cuda/sm80/fwd_params.h"
+#include "cuda/fwd/params.h"
 
 namespace nsa::cuda::sm90 {
 
@@ -13,7 +13,7 @@ namespace nsa::cuda::sm90 {
 enum class Walk { kRange, kList, kRank };
 
 struct FwdArgs {
-  sm80::FwdParams p;
+  FwdParams p;
   int64_t jobs;          // tiles * batch * kv heads
   int32_t stages;        // K or V tiles in shared memory
   int32_t column_slots;  // kRank: tiles whose column sums wait for the ranking warps

@@ -4,7 +4,7 @@
 
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/tma.cuh"
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/fwd/job.cuh"
 #include "cuda/sm90/fwd_args.h"
 
 namespace nsa::cuda::sm90 {
@@ -48,7 +48,7 @@ struct FwdBlock {
   }
 
   const FwdArgs& args;
-  const sm80::FwdParams& p;
+  const FwdParams& p;
   char* const smem;
   Barriers& barriers;
 
@@ -104,9 +104,9 @@ struct FwdBlock {
 
   /// Moves `index` on to the block's next job that has tokens; false when there is none left.
   /// Starts from blockIdx.x - gridDim.x.
-  __device__ __forceinline__ bool next_job(int64_t& index, sm80::Job& job) const {
+  __device__ __forceinline__ bool next_job(int64_t& index, Job& job) const {
     for (index += gridDim.x; index < args.jobs; index += gridDim.x)
-      if (sm80::make_job(p, index, job)) return true;
+      if (make_job(p, index, job)) return true;
     return false;
   }
   static __device__ __forceinline__ int64_t before_first_job() {
@@ -114,7 +114,7 @@ struct FwdBlock {
   }
 
   /// Loads a consumer's 64 rows of Q. One thread; the consumer no longer reads what was there.
-  __device__ __forceinline__ void load_q(const sm80::Job& job, int consumer) const {
+  __device__ __forceinline__ void load_q(const Job& job, int consumer) const {
     const uint32_t bar = smem_addr(&barriers.q_full[consumer]);
     mbarrier_arrive_expect(bar, Shape::kQueryBytes);
 #pragma unroll
@@ -127,14 +127,13 @@ struct FwdBlock {
 /// Keys [begin, end) that a tile of queries walks (kRange, kRank).
 struct Range {
   int begin, end;
-  __device__ __forceinline__ Range(const sm80::FwdParams& p, const sm80::Job& job) {
+  __device__ __forceinline__ Range(const FwdParams& p, const Job& job) {
     int unused;
     visible(p, job.position(0), begin, unused);
     visible(p, job.position(job.tokens - 1), unused, end);
   }
   /// The query at position t sees keys lo <= s < hi.
-  static __device__ __forceinline__ void visible(const sm80::FwdParams& p, int t, int& lo,
-                                                 int& hi) {
+  static __device__ __forceinline__ void visible(const FwdParams& p, int t, int& lo, int& hi) {
     if (p.branch == kCompressed) {
       lo = 0;
       hi = static_cast<int>(visible_compressed(t, p.config.block_size, p.config.block_stride));

@@ -29,7 +29,7 @@ class Consumer {
 
   __device__ void run() {
     int64_t index = Block::before_first_job();
-    sm80::Job job;
+    Job job;
     request_q(index);
     uint32_t parity = 0;
     while (block_.next_job(index, job)) {
@@ -68,7 +68,7 @@ class Consumer {
   /// Loads Q of the job after `index`.
   __device__ __forceinline__ void request_q(int64_t index) const {
     if (threadIdx.x % 128 != 0) return;
-    sm80::Job next;
+    Job next;
     if (block_.next_job(index, next)) block_.load_q(next, consumer_);
   }
 
@@ -208,8 +208,8 @@ class Consumer {
     });
   }
 
-  __device__ __forceinline__ void walk_list(const sm80::Job& job, const Rows& rows,
-                                            float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+  __device__ __forceinline__ void walk_list(const Job& job, const Rows& rows, float (&o)[kOutputs],
+                                            OnlineRow (&stats)[2]) {
     clear(o);
     Block::wait_full(block_.barriers.list_full, list_);
     const BlockList blocks(block_.extra(), p.sort_size, list_.slot);
@@ -370,9 +370,9 @@ class Consumer {
             *reinterpret_cast<float2*>(to + i * 8) = make_float2(v[2 * i], v[2 * i + 1]);
       };
       if constexpr (Shape::kLargeGroups) {
-        sm80::sum_heads_large<1>(p.log2_group, warp_, weights, lane_, store);
+        sum_heads_large<1>(p.log2_group, warp_, weights, lane_, store);
       } else {
-        sm80::sum_heads_small<1>(p.log2_group, warp_, weights, lane_, store);
+        sum_heads_small<1>(p.log2_group, warp_, weights, lane_, store);
       }
     }
     Block::arrive(block_.barriers.columns_full, columns_at_);
@@ -380,7 +380,7 @@ class Consumer {
   }
 
   const Block& block_;
-  const sm80::FwdParams& p;
+  const FwdParams& p;
   const int consumer_, warp_, lane_;
   const uint32_t q_;
   Cursor at_, list_, columns_at_;

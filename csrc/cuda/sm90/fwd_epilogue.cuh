@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/device/softmax.cuh"
-#include "cuda/sm80/fwd_gates.cuh"
+#include "cuda/fwd/gates.cuh"
 
 namespace nsa::cuda::sm90 {
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
 /// Writes lse, output and gated sum of the rows `row` and `row + 8` of the tile. kNormalize: `o` is
 /// still to be divided by the row's sum.
 template <class T, int kDimV, bool kNormalize>
-__device__ __forceinline__ void write_rows(const sm80::FwdParams& p, const sm80::Job& job, int row,
+__device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, int row,
                                            const float (&o)[kDimV / 2], OnlineRow (&stats)[2]) {
   const int quad_lane = threadIdx.x % 4;
 #pragma unroll
@@ -42,7 +42,7 @@ __device__ __forceinline__ void write_rows(const sm80::FwdParams& p, const sm80:
       scale = stats[half].sum > 0.0f ? 1.0f / stats[half].sum : 0.0f;
     }
     if (valid && p.lse.ptr && quad_lane == 0)
-      *sm80::query_row<float>(p.lse, p, job, token, head) = stats[half].lse2(p.scale_log2) * kLn2;
+      *query_row<float>(p.lse, p, job, token, head) = stats[half].lse2(p.scale_log2) * kLn2;
     if (!p.has_output) continue;
 #pragma unroll
     for (int chunk = 0; chunk < kDimV / 32; ++chunk) {
@@ -54,8 +54,8 @@ __device__ __forceinline__ void write_rows(const sm80::FwdParams& p, const sm80:
       }
       quad_transpose(w);
       if (valid)
-        sm80::store_chunk<T>(p, job, token, head, chunk * 32 + quad_lane * 8,
-                             make_uint4(w[0], w[1], w[2], w[3]));
+        store_chunk<T>(p, job, token, head, chunk * 32 + quad_lane * 8,
+                       make_uint4(w[0], w[1], w[2], w[3]));
     }
   }
 }

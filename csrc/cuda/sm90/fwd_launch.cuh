@@ -25,7 +25,7 @@ template <class Shape>
 int64_t plan_shared_memory(FwdArgs& args) {
   constexpr int64_t kLimit = 227 * 1024;
   constexpr int kEnough = 4, kLeast = 3;  // a K, a V, and one more underway
-  sm80::FwdParams& p = args.p;
+  FwdParams& p = args.p;
   p.tile_tokens = Shape::kRows >> p.log2_group;
   // Token membership of a list's block is a 32-bit mask.
   if (Shape::kWalk == Walk::kList) p.tile_tokens = std::min(p.tile_tokens, 32);
@@ -47,11 +47,11 @@ int64_t plan_shared_memory(FwdArgs& args) {
 }
 
 template <class Shape>
-void launch_shape(const AttnShape& shape, const sm80::FwdParams& params, cudaStream_t stream) {
+void launch_shape(const AttnShape& shape, const FwdParams& params, cudaStream_t stream) {
   FwdArgs args{};
   args.p = params;
   const int64_t bytes = plan_shared_memory<Shape>(args);
-  sm80::FwdParams& p = args.p;
+  FwdParams& p = args.p;
   p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);
   args.jobs = int64_t{p.tiles} * p.batch * p.heads_kv;
   const bool packed = shape.cu_seqlens_q != nullptr;
@@ -89,7 +89,7 @@ void launch_shape(const AttnShape& shape, const sm80::FwdParams& params, cudaStr
 }
 
 template <class T, int kDk, int kDv>
-void launch_fwd(const AttnShape& shape, sm80::FwdParams p, cudaStream_t stream) {
+void launch_fwd(const AttnShape& shape, FwdParams p, cudaStream_t stream) {
   if (p.branch == kSelected) {
     launch_shape<FwdShape<T, kDk, kDv, Walk::kList>>(shape, p, stream);
   } else if (p.branch == kCompressed && p.block_indices.ptr != nullptr) {

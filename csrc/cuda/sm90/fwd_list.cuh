@@ -2,7 +2,7 @@
 // by warps of the producer, one job ahead of the consumers, in one of several buffers.
 #pragma once
 
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/fwd/job.cuh"
 
 namespace nsa::cuda::sm90 {
 
@@ -20,13 +20,13 @@ class BlockList {
   __device__ __forceinline__ int count() const { return *count_; }
   __device__ __forceinline__ int block(int i) const { return static_cast<int>(entries_[i].x); }
   /// Tiles of 64 keys that a block takes: a block of 32 fills half of one.
-  __device__ __forceinline__ static int tiles_shift(const sm80::FwdParams& p) {
+  __device__ __forceinline__ static int tiles_shift(const FwdParams& p) {
     return max(0, p.select_shift - 6);
   }
-  __device__ __forceinline__ int tiles(const sm80::FwdParams& p) const {
+  __device__ __forceinline__ int tiles(const FwdParams& p) const {
     return count() << tiles_shift(p);
   }
-  __device__ __forceinline__ int tile_key(const sm80::FwdParams& p, int tile) const {
+  __device__ __forceinline__ int tile_key(const FwdParams& p, int tile) const {
     const int shift = tiles_shift(p);
     return (block(tile >> shift) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
   }
@@ -35,7 +35,7 @@ class BlockList {
 
   /// Called by kThreads threads, whole warps; synchronises them.
   template <int kThreads>
-  __device__ void build(const sm80::FwdParams& p, const sm80::Job& job, int thread) const {
+  __device__ void build(const FwdParams& p, const Job& job, int thread) const {
     gather<kThreads>(p, job, thread);
     sort<kThreads>(p.sort_size, thread);
     if (thread < 32) merge(p.sort_size, thread);
@@ -47,7 +47,7 @@ class BlockList {
 
   /// Keys block * 32 + token; absent indices, and blocks past the token's own, are ~0.
   template <int kThreads>
-  __device__ void gather(const sm80::FwdParams& p, const sm80::Job& job, int thread) const {
+  __device__ void gather(const FwdParams& p, const Job& job, int thread) const {
     const int64_t blocks = num_select_blocks(job.seqlen_k, p.config.select_size);
     const View<int32_t>& view = p.block_indices;
     const int32_t* rows =

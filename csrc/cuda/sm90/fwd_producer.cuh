@@ -17,7 +17,7 @@ class Producer {
   /// One thread. Tiles go out in the order in which the consumers take them: K(j + 1) before V(j),
   /// because the scores of a tile are issued ahead of the product with the V before.
   __device__ void load_tiles() {
-    sm80::Job job;
+    Job job;
     int64_t index = Block::before_first_job();
     while (block_.next_job(index, job)) {
       if constexpr (Shape::kWalk == Walk::kList) {
@@ -50,7 +50,7 @@ class Producer {
   /// Warps 1-3 of the producer warpgroup: the block lists, one job ahead.
   __device__ void build_lists() {
     constexpr int kThreads = 96;
-    sm80::Job job;
+    Job job;
     int64_t index = Block::before_first_job();
     while (block_.next_job(index, job)) {
       Block::wait_empty(block_.barriers.list_empty, list_);
@@ -63,7 +63,7 @@ class Producer {
 
  private:
   template <int kDim>
-  __device__ __forceinline__ void load(const CUtensorMap& map, const sm80::Job& job, int key) {
+  __device__ __forceinline__ void load(const CUtensorMap& map, const Job& job, int key) {
     Block::wait_empty(block_.barriers.empty, at_);
     const uint32_t bar = smem_addr(&block_.barriers.full[at_.slot]), dst = block_.tile(at_);
     mbarrier_arrive_expect(bar, kDim / 64 * Shape::kPanelBytes);
@@ -73,10 +73,10 @@ class Producer {
                static_cast<int>(job.row_k) + key, job.batch);
     at_.advance(block_.args.stages);
   }
-  __device__ __forceinline__ void load_k(const sm80::Job& job, int key) {
+  __device__ __forceinline__ void load_k(const Job& job, int key) {
     load<Shape::kDimQk>(block_.args.k, job, key);
   }
-  __device__ __forceinline__ void load_v(const sm80::Job& job, int key) {
+  __device__ __forceinline__ void load_v(const Job& job, int key) {
     load<Shape::kDimV>(block_.args.v, job, key);
   }
 

@@ -6,7 +6,7 @@
 // lists, so that a list that needs more work delays no matrix product.
 #pragma once
 
-#include "cuda/sm80/fwd_ranking.cuh"
+#include "cuda/fwd/ranking.cuh"
 #include "cuda/sm90/fwd_block.cuh"
 
 namespace nsa::cuda::sm90 {
@@ -16,18 +16,18 @@ namespace nsa::cuda::sm90 {
 template <class Shape>
 class Columns {
  public:
-  static constexpr int kPitch = sm80::kHalo + Shape::kTileKeys;
+  static constexpr int kPitch = kHalo + Shape::kTileKeys;
   /// Slots of sum_heads in a token: one, or one for each 16 rows.
-  __host__ __device__ static constexpr int shares(const sm80::FwdParams& p) {
+  __host__ __device__ static constexpr int shares(const FwdParams& p) {
     return p.log2_group < 4 ? 1 : 1 << (p.log2_group - 4);
   }
-  __host__ __device__ static constexpr int slots(const sm80::FwdParams& p) {
+  __host__ __device__ static constexpr int slots(const FwdParams& p) {
     return p.tile_tokens * shares(p);
   }
-  static int64_t tile_bytes(const sm80::FwdParams& p) {
+  static int64_t tile_bytes(const FwdParams& p) {
     return int64_t{slots(p)} * kPitch * sizeof(float);
   }
-  static int64_t list_bytes(const sm80::FwdParams& p) {
+  static int64_t list_bytes(const FwdParams& p) {
     return int64_t{p.tile_tokens} * TopList::words(p.index_count) * sizeof(float);
   }
 
@@ -37,9 +37,9 @@ class Columns {
   /// Column 0 of a slot. The kHalo before that of a token's first share are the token's own, from
   /// the tile before.
   __device__ __forceinline__ float* at(int ring_slot, int slot) const {
-    return memory_ + (ring_slot * slots(block_.p) + slot) * kPitch + sm80::kHalo;
+    return memory_ + (ring_slot * slots(block_.p) + slot) * kPitch + kHalo;
   }
-  __device__ __forceinline__ TopList list(int token, const sm80::Forced& forced) const {
+  __device__ __forceinline__ TopList list(int token, const Forced& forced) const {
     const int n = block_.p.index_count;
     return TopList(
         memory_ + block_.args.column_slots * slots(block_.p) * kPitch + token * TopList::words(n),
@@ -60,13 +60,13 @@ class Ranker {
       : block_(block), p_(block.p), columns_(block), warp_(warp), lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    sm80::Job job;
+    Job job;
     int64_t index = Block::before_first_job();
     while (block_.next_job(index, job)) {
       const int tiles = Range(p_, job).tiles(Shape::kTileKeys);
       for (int token = warp_; token < job.tokens; token += kRankingWarps) {
         list(job, token).clear(lane_);
-        if (lane_ < sm80::kHalo) halo(at_.slot, token)[lane_] = 0.0f;
+        if (lane_ < kHalo) halo(at_.slot, token)[lane_] = 0.0f;
       }
       __syncwarp();
       for (int tile = 0; tile < tiles; ++tile) {
@@ -90,7 +90,7 @@ class Ranker {
         }
         const TopList best = list(job, token);
         best.merge(lane_);
-        write_indices(p_, job, token, sm80::Forced(p_, job.position(token)), best, lane_);
+        write_indices(p_, job, token, Forced(p_, job.position(token)), best, lane_);
       }
       __syncwarp();
     }
@@ -106,13 +106,13 @@ class Ranker {
   }
   /// The column sums of a token before the tile, over all of its shares.
   __device__ __forceinline__ float* halo(int ring_slot, int token) const {
-    return columns_.at(ring_slot, token * shares()) - sm80::kHalo;
+    return columns_.at(ring_slot, token * shares()) - kHalo;
   }
   __device__ __forceinline__ int next_slot() const {
     return at_.slot + 1 == block_.args.column_slots ? 0 : at_.slot + 1;
   }
-  __device__ __forceinline__ TopList list(const sm80::Job& job, int token) const {
-    return columns_.list(token, sm80::Forced(p_, job.position(token)));
+  __device__ __forceinline__ TopList list(const Job& job, int token) const {
+    return columns_.list(token, Forced(p_, job.position(token)));
   }
 
   /// Blocks of four strides that at most one column reaches into from before, as with the default
@@ -120,7 +120,7 @@ class Ranker {
   __device__ __forceinline__ bool short_blocks() const {
     return strides_shift() == 2 && p_.config.block_size <= 2 * p_.config.block_stride;
   }
-  __device__ __forceinline__ void rank_short(const sm80::Job& job, int tile) const {
+  __device__ __forceinline__ void rank_short(const Job& job, int tile) const {
     constexpr int kBatch = 3;  // tokens at a time: their reads overlap
     const float reach = p_.config.block_size > p_.config.block_stride ? 2.0f : 1.0f;
     for (int first = warp_; first < job.tokens; first += kBatch * kRankingWarps) {
@@ -145,7 +145,7 @@ class Ranker {
       for (int i = 0; i < kBatch; ++i) {
         const int token = first + i * kRankingWarps;
         if (token >= job.tokens) continue;
-        const sm80::Forced forced(p_, job.position(token));
+        const Forced forced(p_, job.position(token));
         const int block = tile * 32 + lane_;
         offer(columns_.list(token, forced), score[i], block, forced.leaves_open(block));
       }
@@ -153,7 +153,7 @@ class Ranker {
   }
 
   /// Any lengths.
-  __device__ __forceinline__ void rank_any(const sm80::Job& job, int tile) const {
+  __device__ __forceinline__ void rank_any(const Job& job, int tile) const {
     for (int token = warp_; token < job.tokens; token += kRankingWarps) {
       const float* columns = columns_.at(at_.slot, token * shares());
       const auto sum = [&](int column) {
@@ -163,24 +163,22 @@ class Ranker {
         return value;
       };
       offer_tile(job, token, tile, sum);
-      if (lane_ < sm80::kHalo)
-        halo(next_slot(), token)[lane_] = sum(Shape::kTileKeys - sm80::kHalo + lane_);
+      if (lane_ < kHalo) halo(next_slot(), token)[lane_] = sum(Shape::kTileKeys - kHalo + lane_);
     }
   }
 
   /// Offers the blocks of a tile to a token's list; sum(i) is that of column i of the tile.
   template <class Sum>
-  __device__ __forceinline__ void offer_tile(const sm80::Job& job, int token, int tile,
+  __device__ __forceinline__ void offer_tile(const Job& job, int token, int tile,
                                              const Sum& sum) const {
-    const sm80::Forced forced(p_, job.position(token));
+    const Forced forced(p_, job.position(token));
     const TopList best = columns_.list(token, forced);
     for (int base = 0; base < 1 << blocks_shift(); base += 32) {
       const int local_block = base + lane_, block = (tile << blocks_shift()) + local_block;
       const bool candidate = local_block < 1 << blocks_shift() && forced.leaves_open(block);
       float score = 0.0f;
       if (candidate)
-        score =
-            sm80::block_score(p_, [&](int k) { return sum((local_block << strides_shift()) + k); });
+        score = block_score(p_, [&](int k) { return sum((local_block << strides_shift()) + k); });
       offer(best, score, block, candidate);
     }
   }
@@ -202,7 +200,7 @@ class Ranker {
   }
 
   const Block& block_;
-  const sm80::FwdParams& p_;
+  const FwdParams& p_;
   const Columns<Shape> columns_;
   const int warp_, lane_;
   Cursor at_;

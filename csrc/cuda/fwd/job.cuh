@@ -1,10 +1,10 @@
 // Which query tile a block of threads works on, and where its rows lie.
 #pragma once
 
-#include "cuda/sm80/fwd_params.h"
+#include "cuda/fwd/params.h"
 #include "nsa/geometry.h"
 
-namespace nsa::cuda::sm80 {
+namespace nsa::cuda {
 
 struct Job {
   int batch;  // index for the batch stride: 0 when packed
@@ -56,4 +56,4 @@ __device__ __forceinline__ T* query_row(const V& view, const FwdParams& p, const
          (static_cast<int64_t>(job.head_kv) * p.group + head) * view.head;
 }
 
-}  // namespace nsa::cuda::sm80
+}  // namespace nsa::cuda

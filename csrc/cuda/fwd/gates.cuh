@@ -2,9 +2,9 @@
 #pragma once
 
 #include "cuda/device/ptx.cuh"
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/fwd/job.cuh"
 
-namespace nsa::cuda::sm80 {
+namespace nsa::cuda {
 
 /// values += gate * chunk, where a chunk is 8 elements.
 template <class T>
@@ -41,4 +41,4 @@ __device__ __forceinline__ void store_chunk(const FwdParams& p, const Job& job, 
                  pack2<T>(sum[6], sum[7]));
 }
 
-}  // namespace nsa::cuda::sm80
+}  // namespace nsa::cuda

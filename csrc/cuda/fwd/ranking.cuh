@@ -5,9 +5,9 @@
 
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/topk.cuh"
-#include "cuda/sm80/fwd_job.cuh"
+#include "cuda/fwd/job.cuh"
 
-namespace nsa::cuda::sm80 {
+namespace nsa::cuda {
 
 /// Column sums kept from before a tile: a compressed token reaches at most l/d - 1 <= 7 strides
 /// into the next block.
@@ -161,4 +161,4 @@ __device__ __forceinline__ void write_indices(const FwdParams& p, const Job& job
   }
 }
 
-}  // namespace nsa::cuda::sm80
+}  // namespace nsa::cuda

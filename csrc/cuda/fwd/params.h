@@ -3,7 +3,7 @@
 
 #include "nsa/params.h"
 
-namespace nsa::cuda::sm80 {
+namespace nsa::cuda {
 
 /// One branch of an attention call, over one grid: a block of threads takes `tile_tokens` whole
 /// tokens times the G heads of one kv head as the rows of its query tile: row = token *
@@ -36,4 +36,4 @@ struct FwdParams {
   BlockConfig config;
 };
 
-}  // namespace nsa::cuda::sm80
+}  // namespace nsa::cuda
