@@ -142,10 +142,15 @@ def _driver() -> str:
 
 
 def _relative_arguments() -> list[str]:
-    script = Path(sys.argv[0]).resolve()
-    if script.is_relative_to(REPOSITORY):
-        script = script.relative_to(REPOSITORY)
-    return [str(script), *sys.argv[1:]]
+    """The command line without folders of this machine."""
+    return [_relative(Path(sys.argv[0]).resolve()), *map(_relative, sys.argv[1:])]
+
+
+def _relative(argument: str | Path) -> str:
+    path = Path(argument)
+    if not path.is_absolute():
+        return str(argument)
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
 
 
 def _commit() -> str:

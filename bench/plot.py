@@ -116,7 +116,7 @@ def length_axis(ax: Axes, lengths: list[int]) -> None:
 
 def ratio_axis(ax: Axes, highest: float) -> None:
     ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}x"))
     ax.axhline(1, color="#444444", linewidth=1)
     ax.set_ylim(top=max(2.0, highest * 1.25))
 
@@ -250,7 +250,7 @@ def memory(rows: Rows) -> Figure | None:
             lengths |= set(points)
         length_axis(ax, sorted(lengths))
         ax.set_yscale("log", base=2)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}"))
         ax.set_title(name)
     axes[0].set_ylabel("GB beyond the inputs")
     axes[0].legend()
@@ -278,7 +278,7 @@ def place_labels(ax: Axes, points: list[tuple[float, float, str]], taken: list[B
         taken.append(box)
 
 
-def draw_roofs(ax: Axes, matmul: float, copy: float, gather: float) -> list[Bbox]:
+def draw_roofs(ax: Axes, matmul: float, variant: str, copy: float, gather: float) -> list[Bbox]:
     """The ceilings, TFLOP/s and TB/s, with their names; returns what they cover."""
     low, high = ax.get_xlim()
     taken = []
@@ -301,7 +301,7 @@ def draw_roofs(ax: Axes, matmul: float, copy: float, gather: float) -> list[Bbox
             px, py = start + (end - start) * i / 200
             taken.append(Bbox.from_bounds(px - 2, py - 2, 4, 4))
     ax.plot([matmul / gather, high], [matmul] * 2, color="#444444", linewidth=1.4)
-    ax.text(high, matmul * 1.06, f"matrix product, {matmul:.0f} TFLOP/s ",
+    ax.text(high, matmul * 1.06, f"matrix product ({variant}), {matmul:.0f} TFLOP/s ",
             ha="right", va="bottom", fontsize=9, color="#444444")  # fmt: skip
     return taken
 
@@ -343,7 +343,9 @@ def roofline(rows: Rows) -> Figure | None:
     ax.legend(handles.values(), handles.keys(), loc="lower right")
     figure.tight_layout()
     figure.canvas.draw()
-    taken = draw_roofs(ax, best["matmul"], best["copy"], best["gather"])
+    fastest = ceilings.where(kernel="ceiling_matmul", tflops=best["matmul"]).rows[0]
+    variant = fastest.get("variant", "")
+    taken = draw_roofs(ax, best["matmul"], variant, best["copy"], best["gather"])
     place_labels(ax, [(x, y, text) for text, (x, y) in labels.items()], taken)
     return figure
 
@@ -374,7 +376,7 @@ def cpu(rows: Rows) -> Figure | None:
             lengths |= set(points)
     length_axis(axes[1], sorted(lengths))
     axes[1].set_yscale("log", base=2)
-    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}"))
     axes[1].set_title("peak memory of a forward+backward, MiB")
     axes[1].legend(loc="upper left")
     heading(figure, f"CPU: {machine_of(part)}, float32")

@@ -78,6 +78,15 @@ def test_every_row_carries_where_it_comes_from(tmp_path):
     assert rows[0]["machine"] and rows[0]["torch"] == torch.__version__
 
 
+def test_command_names_no_folder_of_the_machine(monkeypatch, tmp_path):
+    from common import environment
+
+    arguments = [str(BENCH / "run.py"), "window", "--output", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--checkpoint", str(ROOT / "runs" / "a.pt")])
+    command = "python bench/run.py window --output x.json --checkpoint runs/a.pt"
+    assert environment()["command"] == command
+
+
 def test_commit_can_be_named(monkeypatch):
     from common import environment
 

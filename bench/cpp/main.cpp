@@ -46,9 +46,11 @@ void write_file(const std::string& path, const std::string& text) {
   if (!file.flush()) throw std::runtime_error("cannot write " + path);
 }
 
+/// The command line without folders of this machine.
 std::string join(const std::vector<std::string>& words) {
   std::string text = "nsa_bench";
-  for (const std::string& word : words) text += " " + word;
+  for (const std::string& word : words)
+    text += " " + (word.rfind("/", 0) == 0 ? word.substr(word.find_last_of('/') + 1) : word);
   return text;
 }
 
