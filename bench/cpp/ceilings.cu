@@ -42,7 +42,7 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, uint32_
 __global__ void __launch_bounds__(64)
     gather_bulk_kernel(const char* data, uint32_t blocks, int loads, int* ran) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) char smem[];
+  extern __shared__ __align__(1024) char smem[];
   __shared__ uint64_t barriers[2 * kStages];
   const uint32_t full = cuda::smem_addr(barriers), empty = full + 8 * kStages;
   if (threadIdx.x == 0) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(64)
 
 __global__ void __launch_bounds__(kCpAsyncThreads)
     gather_cp_async_kernel(const char* data, uint32_t blocks, int loads) {
-  extern __shared__ __align__(128) char smem[];
+  extern __shared__ __align__(1024) char smem[];
   uint32_t state = blockIdx.x * 7919u + 1;
   for (int i = 0; i < loads; ++i) {
     const char* src = data + int64_t{next_block(state, blocks)} * kBlockBytes + threadIdx.x * 16;
