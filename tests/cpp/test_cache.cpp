@@ -381,10 +381,11 @@ void check_store(DType dtype, bool rotates, unsigned seed) {
                                 : y * std::cos(angle) + x * std::sin(angle);
             // The angle is rounded, then two products and their sum, then the result.
             const double unit = dtype == DType::kFloat64 ? 0x1p-53 : 0x1p-24;
-            const double stored = dtype == DType::kBFloat16  ? 0x1p-9
-                                  : dtype == DType::kFloat16 ? 0x1p-12
+            const double stored = dtype == DType::kBFloat16  ? 0x1p-8
+                                  : dtype == DType::kFloat16 ? 0x1p-11
                                                              : unit;
-            allowed = (angle + 6) * unit * std::hypot(x, y) + stored * std::fabs(expected);
+            allowed = (angle + 6) * unit * std::hypot(x, y) + stored * std::fabs(expected) +
+                      (dtype == DType::kFloat16 ? 0x1p-25 : 0);
           }
           const double got = store.pages[0][0].at(page, token % per_page, 1, e);
           CHECK(std::fabs(got - expected) <= allowed);
