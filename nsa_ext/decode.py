@@ -72,7 +72,7 @@ def sparse_attn_with_kvcache(
         for name in ("k", "v", "compress"):
             if new[name] is None:
                 raise ValueError(f"{name}: expected a value with {given[0]}, got None")
-        if k.dim() == 4 and k.shape[1] != q.shape[1]:
+        if isinstance(k, Tensor) and k.dim() == 4 and k.shape[1] != q.shape[1]:
             raise ValueError(f"k: expected the {q.shape[1]} rows of q, got {k.shape[1]}")
         cache.append(**new)
 

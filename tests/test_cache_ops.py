@@ -225,6 +225,7 @@ CALL_ERRORS = {
         r"gates: expected shape \(B=2, T=3, Hq=4, branches=3\)",
     ),
     "scale": ({"softmax_scale": "1"}, TypeError, "softmax_scale: expected a number, got str"),
+    "no tensor": ({"k": [1]}, TypeError, "k: expected a tensor, got list"),
     "k alone": ({"v": None}, ValueError, "v: expected a value with k, got None"),
     "no compress": ({"compress": None}, ValueError, "compress: expected a value with k, got None"),
     "rows of k": (
