@@ -49,13 +49,16 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
 /// first panel. The caller commits.
 template <class T, int kN, int kDim>
 __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uint32_t b) {
+  // Descriptors are made in uniform registers, where the products want them: otherwise each product
+  // waits for four words to be moved there.
+  const uint64_t a_desc = desc_k_major(uniform(a)), b_desc = desc_k_major(uniform(b));
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
-    const uint32_t step = k / 4 * kPanelBytes + k % 4 * 32;
+    const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
     if (k == 0)
-      wgmma_ss_first<T, kN>(x, desc_k_major(a), desc_k_major(b));
+      wgmma_ss_first<T, kN>(x, a_desc, b_desc);
     else
-      wgmma_ss<T, kN>(x, desc_k_major(a + step), desc_k_major(b + step), true);
+      wgmma_ss<T, kN>(x, a_desc + step, b_desc + step, true);
   }
 }
 
@@ -64,9 +67,9 @@ __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uin
 template <class T, int kDim, int kSteps>
 __device__ __forceinline__ void issue_update(float (&acc)[kDim / 2],
                                              const uint32_t (&a)[kSteps * 4], uint32_t b) {
+  const uint64_t desc = desc_mn_major(uniform(b), kPanelBytes);
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k)
-    wgmma_rs<T, kDim>(acc, a + 4 * k, desc_mn_major(b + k * 2048, kPanelBytes));
+  for (int k = 0; k < kSteps; ++k) wgmma_rs<T, kDim>(acc, a + 4 * k, desc + k * (2048 / 16));
 }
 
 /// Q or dO: (D, G, Hkv, Sq, B), read as the padded groups of `tokens` tokens.
