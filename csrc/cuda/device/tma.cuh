@@ -13,11 +13,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t bar, uint32_t by
                : "memory");
 }
 
-/// `count` of the barrier's expected arrivals at once.
-__device__ __forceinline__ void mbarrier_arrive(uint32_t bar, uint32_t count) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
 /// Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -18,18 +18,9 @@ inline constexpr int kRankingWarps = 3;  // warps 1-3 of the producer warpgroup
 struct Cursor {
   int slot = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int slots) { advance(slots, 1); }
-  /// By `steps` <= slots.
-  __device__ __forceinline__ void advance(int slots, int steps) {
-    slot += steps;
-    if (slot >= slots) {
-      slot -= slots;
-      parity ^= 1;
-    }
-  }
-  __device__ __forceinline__ void retreat(int slots) {
-    if (--slot < 0) {
-      slot += slots;
+  __device__ __forceinline__ void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
       parity ^= 1;
     }
   }
@@ -98,8 +89,7 @@ struct FwdBlock {
     return smem + kFixedBytes + args.stages * Shape::kTileBytes;
   }
 
-  /// Waits for the phase of `at`; wait_empty for the phase before, which counts as complete where
-  /// there was none.
+  /// Waits for the phase of `at`; a slot that nobody used yet counts as empty.
   __device__ __forceinline__ static void wait_full(uint64_t* full, const Cursor& at) {
     mbarrier_wait(smem_addr(full + at.slot), at.parity);
   }

@@ -55,9 +55,7 @@ class Consumer {
       // The warpgroup's last scores are done: its next Q loads while it stores this job's rows.
       named_barrier_sync(1 + consumer_, 128);
       request_q(index);
-      // The window, last of a full call, reads what the others wrote.
-      constexpr int kBatch = kWalk == Walk::kRange ? Shape::kDimV / 32 : 1;
-      write_rows<T, Shape::kDimV, kWalk != Walk::kRank, kBatch>(p, job, row, o, stats);
+      write_rows<T, Shape::kDimV, kWalk != Walk::kRank>(p, job, row, o, stats);
     }
   }
 
@@ -80,27 +78,6 @@ class Consumer {
   /// The calling warp is done with a tile; its products with it are waited for.
   __device__ __forceinline__ void release(const Cursor& at) const {
     if (lane_ == 0) mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
-  }
-  /// Moves past `pairs` tiles of K and V that the producer released for this warpgroup. The next
-  /// tile that it waits for is at most a revolution of the ring from the last one: a barrier tells
-  /// two phases apart, no more.
-  __device__ __forceinline__ void skip(int pairs) {
-    const int most = block_.args.stages / 2 - 1;  // then K and V of the next pair
-    for (; pairs > most; pairs -= most) pass(most);
-    at_.advance(block_.args.stages, 2 * pairs);
-  }
-  /// Moves past `pairs` tiles of each and waits for the last.
-  __device__ __forceinline__ void pass(int pairs) {
-    at_.advance(block_.args.stages, 2 * pairs);
-    Cursor last = at_;
-    last.retreat(block_.args.stages);
-    wait_skipped(last);
-  }
-  /// wait_full for a warpgroup that may not have waited for the fill of this stage before: were
-  /// that underway still, its predecessor's completion would pass for that of the one waited for.
-  __device__ __forceinline__ void wait_skipped(const Cursor& at) const {
-    Block::wait_empty(block_.barriers.full, at);  // the parity of the fill before
-    wait_full(at);
   }
   /// The next tile of the ring.
   __device__ __forceinline__ Cursor take() {
@@ -127,20 +104,16 @@ class Consumer {
     wgmma_commit();
   }
 
-  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first. Only ranges have a lo.
+  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first.
   __device__ __forceinline__ void mask(float (&s)[kScores], const Rows& rows, int key) const {
-    constexpr bool kLower = kWalk == Walk::kRange;
-    const bool inside = (!kLower || key >= max(rows.lo[0], rows.lo[1])) &&
-                        key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
+    const bool inside =
+        key >= max(rows.lo[0], rows.lo[1]) && key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
     if (__all_sync(0xffffffffu, inside)) return;
-    // Bounds relative to this lane's first column: what is compared with them is constant.
     const int column = key + (lane_ % 4) * 2;
-    const int lo[2] = {rows.lo[0] - column, rows.lo[1] - column};
-    const int hi[2] = {rows.hi[0] - column, rows.hi[1] - column};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      const int offset = i / 4 * 8 + (i & 1), half = i / 2 % 2;
-      if ((kLower && offset < lo[half]) || offset >= hi[half]) s[i] = negative_infinity();
+      const int s_key = column + i / 4 * 8 + (i & 1), half = i / 2 % 2;
+      if (s_key < rows.lo[half] || s_key >= rows.hi[half]) s[i] = negative_infinity();
     }
   }
 
@@ -242,24 +215,16 @@ class Consumer {
     const BlockList blocks(block_.extra(), p.sort_size, list_.slot);
     const int tiles = blocks.tiles(p), tiles_shift = BlockList::tiles_shift(p);
     const int keys = min(kTileKeys, p.config.select_size);
-    const uint32_t mine = BlockList::consumer_tokens(p, consumer_);
-    int walked = 0;  // tiles up to here have been taken from the ring, or skipped
-    for (int base = 0; base < tiles; base += 32) {
-      // 32 tiles at a time: each lane looks whether the warpgroup wants one of them.
-      const int candidate = base + lane_;
-      const uint32_t chosen_here = candidate < tiles ? blocks.tokens(candidate >> tiles_shift) : 0;
-      uint32_t wanted = __ballot_sync(0xffffffffu, chosen_here & mine);
-      while (wanted != 0) {
-        const int bit = __ffs(wanted) - 1, j = base + bit;
-        wanted &= wanted - 1;
-        const uint32_t chosen_by = __shfl_sync(0xffffffffu, chosen_here, bit);
-        skip(j - walked);
-        walked = j + 1;
-        const Cursor k = take(), v = take();
+    const int tokens = 64 >> p.log2_group, first = consumer_ * tokens;
+    const uint32_t mine = first < 32 ? (tokens < 32 ? (1u << tokens) - 1 : ~0u) << first : 0;
+    for (int j = 0; j < tiles; ++j) {
+      const Cursor k = take(), v = take();
+      const uint32_t chosen_by = blocks.tokens(j >> tiles_shift);
+      if (chosen_by & mine) {
         const int key = blocks.tile_key(p, j);
         float s[kScores];
         uint32_t packed[kScores / 2];
-        wait_skipped(k);
+        wait_full(k);
         wgmma_fence();
         issue_scores(s, k);
         wgmma_wait<0>();
@@ -282,17 +247,20 @@ class Consumer {
 #pragma unroll
           for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
         }
-        wait_skipped(v);
+        wait_full(v);
         wgmma_fence();
         issue_output(o, packed, v);
         wgmma_wait<0>();
         pin(o);
         release(v);
+      } else {
+        // A release belongs to the phase of its fill; before that it would count for the fill
+        // before.
+        wait_full(k);
+        release(k);
+        wait_full(v);
+        release(v);
       }
-    }
-    if (walked < tiles) {
-      skip(tiles - walked - 1);
-      pass(1);
     }
     Block::arrive(block_.barriers.list_empty, list_);
     list_.advance(kListBuffers);

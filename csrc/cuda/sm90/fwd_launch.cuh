@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 template <class Shape>
 int64_t plan_shared_memory(FwdArgs& args) {
   constexpr int64_t kLimit = 227 * 1024;
-  // A K, a V, and one more underway; lists are skipped through in pairs.
-  constexpr int kEnough = 4, kLeast = Shape::kWalk == Walk::kList ? 4 : 3;
+  constexpr int kEnough = 4, kLeast = 3;  // a K, a V, and one more underway
   FwdParams& p = args.p;
   p.tile_tokens = Shape::kRows >> p.log2_group;
   // Token membership of a list's block is a 32-bit mask.

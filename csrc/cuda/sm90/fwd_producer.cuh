@@ -26,9 +26,8 @@ class Producer {
         const int tiles = blocks.tiles(block_.p);
         for (int j = 0; j < tiles; ++j) {
           const int key = blocks.tile_key(block_.p, j);
-          const int others = not_wanted_by(blocks.tokens(j >> BlockList::tiles_shift(block_.p)));
-          load_k(job, key, others);
-          load_v(job, key, others);
+          load_k(job, key);
+          load_v(job, key);
         }
         mbarrier_arrive(smem_addr(&block_.barriers.list_empty[list_.slot]));
         list_.advance(kListBuffers);
@@ -63,19 +62,8 @@ class Producer {
   }
 
  private:
-  /// Warps of the consumers that have none of these tokens.
-  __device__ __forceinline__ int not_wanted_by(uint32_t tokens) const {
-    int warps = 0;
-#pragma unroll
-    for (int c = 0; c < Shape::kConsumers; ++c)
-      warps += tokens & BlockList::consumer_tokens(block_.p, c) ? 0 : 4;
-    return warps;
-  }
-
-  /// Loads the next tile. `released` consumer warps will not touch it: it is released for them.
   template <int kDim>
-  __device__ __forceinline__ void load(const CUtensorMap& map, const Job& job, int key,
-                                       int released) {
+  __device__ __forceinline__ void load(const CUtensorMap& map, const Job& job, int key) {
     Block::wait_empty(block_.barriers.empty, at_);
     const uint32_t bar = smem_addr(&block_.barriers.full[at_.slot]), dst = block_.tile(at_);
     mbarrier_arrive_expect(bar, kDim / 64 * Shape::kPanelBytes);
@@ -83,14 +71,13 @@ class Producer {
     for (int panel = 0; panel < kDim / 64; ++panel)
       tma_load(dst + panel * Shape::kPanelBytes, &map, bar, panel * 64, job.head_kv,
                static_cast<int>(job.row_k) + key, job.batch);
-    if (released > 0) mbarrier_arrive(smem_addr(&block_.barriers.empty[at_.slot]), released);
     at_.advance(block_.args.stages);
   }
-  __device__ __forceinline__ void load_k(const Job& job, int key, int released = 0) {
-    load<Shape::kDimQk>(block_.args.k, job, key, released);
+  __device__ __forceinline__ void load_k(const Job& job, int key) {
+    load<Shape::kDimQk>(block_.args.k, job, key);
   }
-  __device__ __forceinline__ void load_v(const Job& job, int key, int released = 0) {
-    load<Shape::kDimV>(block_.args.v, job, key, released);
+  __device__ __forceinline__ void load_v(const Job& job, int key) {
+    load<Shape::kDimV>(block_.args.v, job, key);
   }
 
   const Block& block_;
