@@ -290,6 +290,7 @@ class Attend {
                            ? 1
                            : row_group_ * (kKeyWarps / 2) + key_warp_ - (writes ? half_warps : 0);
         float4* merge = merge_ + at * 4 * (kDv + 2);
+        __syncwarp();  // the lanes of a quad read the same maxima
         if (writes) write_rows(merge);
         __syncthreads();
         if (key_warp_ < half_warps) add_rows(merge);

@@ -40,14 +40,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 2 : 12)
   }
   __syncthreads();
 
-  float sum[kColumns] = {};
+  alignas(16) float sum[kColumns] = {};
   // Segments of all branches in a row.
   const int end_compressed = branches[kCompressed].segments.count;
   const int end_selected = end_compressed + branches[kSelected].segments.count;
   const int end = end_selected + branches[kWindow].segments.count;
 #pragma unroll 1
   for (int base = warp; base < end; base += kBatch * kWarps) {
-    float values[kBatch][kColumns];
+    alignas(16) float values[kBatch][kColumns];
     float2 parts[kBatch];
     float gates[kBatch], lse2[kBatch];
 #pragma unroll

@@ -1,6 +1,7 @@
 // The two kernels that read the cache, and the launches of a call in order.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cuda/decode/attend.cuh"
@@ -60,8 +61,8 @@ struct DeviceLimits {
   }
 };
 
-/// Tiles of the ring, so that two blocks of threads fit on a multiprocessor or else one does; at
-/// most 8.
+/// Tiles of the ring, so that two blocks of threads fit on a multiprocessor or else one does. More
+/// than 128 KB together are no gain: with 192 KB a batch of 32 takes 1 % longer on an H100.
 template <class T, int kDk, int kDv>
 Shape shape_of() {
   using Traits = AttendTraits<T, kDk, kDv, 1>;  // the most shared memory
@@ -70,7 +71,8 @@ Shape shape_of() {
     // 1 KB of each block is the system's.
     const int64_t room =
         std::min(limits.shared_per_block, limits.shared_per_processor / blocks - 1024);
-    for (int stages = 8; stages >= 2; --stages) {
+    const int most = (128 << 10) / blocks / Traits::kStageBytes;
+    for (int stages = std::max(most, 2); stages >= 2; --stages) {
       if (Traits::shared_bytes(stages) <= room) return {stages, blocks * limits.processors};
     }
   }

@@ -103,7 +103,7 @@ class BlockScores {
   int64_t first_row_;
   int chunks_;
   float2 carries_[kHeads];
-  float weights_[kHeads][kBlocks];
+  alignas(16) float weights_[kHeads][kBlocks];
 };
 
 /// The `wanted` best of the blocks [begin, end) and their pages, in no order, to winners; 0 <
