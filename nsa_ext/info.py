@@ -66,10 +66,10 @@ def cuda_backend(name: str) -> Iterator[None]:
     """Forces the CUDA kernels of calls inside the ``with`` block, for the whole process.
 
     Args:
-        name: "sm80" (portable, any GPU from compute capability 8.0 on), "sm90" (Hopper, under
-            development and not in every build) or "auto" (what is checked on this device, at
-            present "sm80"). A call that the forced backend does not support raises; it never falls
-            back. The environment variable ``NSA_EXT_CUDA_BACKEND`` sets the default.
+        name: "sm80" (portable, any GPU from compute capability 8.0 on), "sm90" (Hopper, in builds
+            for 9.0a) or "auto": on Hopper each kernel of a call is the one that was measured to be
+            faster. A call that the forced backend does not support raises; it never falls back. The
+            environment variable ``NSA_EXT_CUDA_BACKEND`` sets the default.
     """
     previous = torch.ops.nsa_ext.set_cuda_backend(name)
     try:
