@@ -9,8 +9,7 @@ lse = -inf, and sends no gradient.
 
 Any dtype, any device; plain torch differentiates it. In float32 and float64 everything is computed
 in that dtype. In 16-bit dtypes it rounds where a fused kernel rounds (softmax weights before their
-product with V, the gradient of the scores before its products with q and k, the output of each
-branch, phi's hidden layer) and accumulates in float32.
+product with V, the output of each branch, phi's hidden layer) and accumulates in float32.
 
 Every function takes (B, S, H, D) tensors or, with ``cu_seqlens_q``/``cu_seqlens_k`` (int32, B + 1
 row offsets), packed (T, H, D) tensors. Compressed token c of a packed sequence that starts at key
@@ -218,10 +217,7 @@ def _softmax(
     acc = _acc_dtype(q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     grouped = q.to(acc).unflatten(2, (k.shape[2], q.shape[2] // k.shape[2]))
-    score = torch.einsum("bihgd,bjhd->bihgj", grouped, k.to(acc))
-    if score.requires_grad:
-        score.register_hook(lambda grad: _round(grad, q.dtype))
-    score = score * scale
+    score = torch.einsum("bihgd,bjhd->bihgj", grouped, k.to(acc)) * scale
     visible = visible[..., None, :]
     score = score.masked_fill(~visible, -torch.inf)
     sees_any = visible.any(dim=-1, keepdim=True)
