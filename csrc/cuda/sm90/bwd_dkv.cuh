@@ -9,8 +9,8 @@
 // both read every tile; with lists both own the same keys, take every other tile, and add up at the
 // end.
 //
-// Barriers: `full` of a slot takes the two producer warps and the bytes of Q and dO; `empty` a warp
-// each of the warpgroups that read the slot.
+// Barriers: `full` of a slot takes the three producer warps and the bytes of Q and dO; `empty` a
+// warp each of the warpgroups that read the slot.
 #pragma once
 
 #include "cuda/sm90/bwd_rows.cuh"
@@ -18,7 +18,7 @@
 namespace nsa::cuda::bwd::sm90 {
 
 template <class T_, int kDimQk_, int kDimV_, bool kList_>
-struct DkvShape {
+struct DkvShape : Registers<224> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kList = kList_;
@@ -64,7 +64,7 @@ class DkvKernel {
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(smem_addr(&smem_.full[i]), 2);
+        mbarrier_init(smem_addr(&smem_.full[i]), 3);
         mbarrier_init(smem_addr(&smem_.empty[i]), Shape::kList ? 4 : 8);
       }
       mbarrier_init(smem_addr(&smem_.keys_full), 1);
@@ -72,9 +72,9 @@ class DkvKernel {
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-      lower_registers<kProducerRegisters>();
+      lower_registers<Shape::kProducerRegisters>();
       const int warp = threadIdx.x / 32;
-      if (warp > 1) return;
+      if (warp > 2) return;
       const Sequence sequence = load_sequence(p_.shape, task_.batch);
       const RowWalk walk(launch_, task_);
       if (warp == 0) {
@@ -82,10 +82,10 @@ class DkvKernel {
         __syncwarp();
         load_rows<Shape>(launch_, walk, sequence, smem_);
       } else {
-        describe_rows<Shape>(launch_, walk, sequence, smem_);
+        describe_rows<Shape>(launch_, walk, sequence, warp - 1, smem_);
       }
     } else {
-      raise_registers<kConsumerRegisters>();
+      raise_registers<Shape::kConsumerRegisters>();
       consume(threadIdx.x / 128 - 1);
     }
   }
@@ -205,7 +205,7 @@ class DkvKernel {
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        if (info.masked[key_tile]) mask(s, info, key_tile, column);
+        if (info.masked[0][key_tile] | info.masked[1][key_tile]) mask(s, info, key_tile, column);
         uint32_t p_packed[kScores / 2], ds_packed[kScores / 2];
         make_p(s, p_packed, info, column, scale_log2);
         wgmma_fence();
