@@ -22,9 +22,6 @@ struct AttendTraits {
   static constexpr int kKeyWarps = kWarps / kRowGroups;  // warps that share the keys of a tile
   static constexpr int kWarpKeys = kTileKeys / kKeyWarps;
   static constexpr int kRows = 16 * kRowGroups;
-  // Shared memory has room for two. Registers as for three (168) leave some for a block of the
-  // selection kernel, beside which the window is read.
-  static constexpr int kBlocksPerSm = kRowGroups == 1 && kDk <= 128 ? 3 : 2;
   static constexpr int kTileBytesK = kTileKeys * kDk * 2;
   static constexpr int kStageBytes = kTileKeys * (kDk + kDv) * 2;
   // Two warps' rows of O, and their maxima and sums, on the way to the warps that merge them.
@@ -197,8 +194,9 @@ class Attend {
         const int64_t weight_row =
             (static_cast<int64_t>(unit.b) * p_.heads_kv + source.head()) * p_.tokens * p_.group +
             source.global_row(row(half));
-        weights_[half] =
-            q ? p_.weights + weight_row * p_.chunks * source.block_weights().record() : nullptr;
+        const int blocks = kChunk >> (p_.select_shift - p_.stride_shift);
+        weights_[half] = q ? p_.weights + weight_row * p_.chunks * blocks : nullptr;
+        carries_[half] = q ? p_.carries + weight_row * p_.chunks : nullptr;
       }
     }
 #pragma unroll
@@ -257,12 +255,9 @@ class Attend {
 
     if constexpr (Source::kHasWeights) {
 #pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-        const int at = ((first_key + first) / kChunk + n) * source.block_weights().record();
-        float* const records[2] = {weights_[0] ? weights_[0] + at : nullptr,
-                                   weights_[1] ? weights_[1] + at : nullptr};
-        source.block_weights().store(s[2 * n], s[2 * n + 1], reference, records);
-      }
+      for (int n = 0; n < kSteps; ++n)
+        source.block_weights().store(s[2 * n], s[2 * n + 1], reference, weights_, carries_,
+                                     (first_key + first) / kChunk + n);
     }
 
 #pragma unroll
@@ -359,7 +354,8 @@ class Attend {
   float o_[kDv / 8][4];
   OnlineRow rows_[2];
   int lo_[2], hi_[2];  // keys that the rows see
-  float* weights_[2];  // compressed branch: where the rows' records start
+  float* weights_[2];  // compressed branch: rows of DecodeParams::weights and carries
+  float2* carries_[2];
 };
 
 }  // namespace nsa::cuda::decode

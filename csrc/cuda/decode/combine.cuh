@@ -10,10 +10,10 @@
 namespace nsa::cuda::decode {
 
 template <class T, int kDv, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 2 : 16)
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 2 : 12)
     combine_kernel(const __grid_constant__ DecodeParams p) {
   constexpr int kColumns = kDv / 32;           // of a lane
-  constexpr int kBatch = kWarps == 8 ? 8 : 3;  // segments that a warp loads at a time
+  constexpr int kBatch = kWarps == 8 ? 8 : 2;  // segments that a warp loads at a time
   static_assert(kWarps >= kNumBranches && (kColumns == 2 || kColumns == 4));
   using Vector = std::conditional_t<kColumns == 4, float4, float2>;
   struct Branch {
@@ -29,9 +29,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 8 ? 2 : 16)
   const int token = query % p.tokens, b = query / p.tokens;
   Branch mine{};
   if (warp < kNumBranches)
-    mine.segments =
-        row_segments(p, warp, Schedule(p, warp, lane).span(b, warp == kCompressed ? 0 : token), b,
-                     token, head_q / p.group, head_q % p.group);
+    mine.segments = row_segments(p, warp, b, token, head_q / p.group, head_q % p.group);
   wait_for_previous();
   if (warp < kNumBranches) {
     const RowSum row_sum(p.partials[warp].sums, mine.segments);
@@ -98,8 +96,8 @@ template <class T, int kDv>
 void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   const int64_t rows = int64_t{p.batch} * p.tokens * p.heads_q;
   // Few rows have many segments each, and many rows few.
-  const int warps = rows <= 512 ? 8 : 3;
-  launch(warps == 8 ? combine_kernel<T, kDv, 8> : combine_kernel<T, kDv, 3>, p, rows, 32 * warps, 0,
+  const int warps = rows <= 512 ? 8 : 4;
+  launch(warps == 8 ? combine_kernel<T, kDv, 8> : combine_kernel<T, kDv, 4>, p, rows, 32 * warps, 0,
          true, stream, "decode combine_kernel");
 }
 

@@ -81,8 +81,8 @@ DecodeParams plan(const DecodeFwd& call, void* workspace, int64_t* bytes) {
     p.partials[c].sums = cursor.take<float2>(partial_rows);
   }
   const int64_t weight_rows = shape.batch * shape.heads_kv * rows;
-  p.weights = cursor.take<float>(weight_rows * p.chunks *
-                                 decode::record_floats(decode::chunk_blocks(config)));
+  p.weights = cursor.take<float>(weight_rows * p.chunks * decode::chunk_blocks(config));
+  p.carries = cursor.take<float2>(weight_rows * p.chunks);
   p.lists = cursor.take<int2>(shape.batch * shape.seqlen_q * shape.heads_kv * config.num_selected);
   *bytes = cursor.bytes();
   return p;

@@ -30,14 +30,11 @@ class BlockWeights {
     }
   }
 
-  /// Floats of the record of a chunk.
-  __device__ __forceinline__ int record() const { return record_floats(blocks_); }
-
-  /// p: the chunk's probabilities, two n8 tiles of accumulators; reference of rows g and g + 8;
-  /// where the rows of this lane's quad keep the chunk, or null for a row that does not exist.
+  /// p: the chunk's probabilities, two n8 tiles of accumulators; reference of rows g and g + 8.
+  /// weights, carries: where the row of this lane's quad starts; null: a row that does not exist.
   __device__ __forceinline__ void store(const float (&p0)[4], const float (&p1)[4],
-                                        const float (&reference)[2],
-                                        float* const (&records)[2]) const {
+                                        const float (&reference)[2], float* const (&weights)[2],
+                                        float2* const (&carries)[2], int chunk) const {
     // The rounding of one bf16 (2^-9) would reorder blocks; two of them leave 2^-17, over the whole
     // range of float32.
     uint32_t high[4], low[4];
@@ -57,17 +54,18 @@ class BlockWeights {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (records[half] == nullptr) continue;
+      if (weights[half] == nullptr) continue;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int column = column_ + 8 * n;
-        float2 pair = make_float2(sums[n][2 * half], sums[n][2 * half + 1]);
-        if (column == blocks_) pair.y = reference[half];
-        if (column < record()) *reinterpret_cast<float2*>(records[half] + column) = pair;
+        const float2 pair = make_float2(sums[n][2 * half], sums[n][2 * half + 1]);
+        if (column < blocks_)
+          *reinterpret_cast<float2*>(weights[half] + chunk * blocks_ + column) = pair;
+        if (column == blocks_) carries[half][chunk] = make_float2(pair.x, reference[half]);
       }
       // Blocks of one token each: l = d = l', nothing is carried.
       if (blocks_ == kChunk && column_ == 0)
-        *reinterpret_cast<float2*>(records[half] + kChunk) = make_float2(0.0f, reference[half]);
+        carries[half][chunk] = make_float2(0.0f, reference[half]);
     }
   }
 

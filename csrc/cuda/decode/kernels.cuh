@@ -15,7 +15,7 @@ namespace nsa::cuda::decode {
 /// The compressed branch and the weights of the selection blocks. Rows: the new tokens of a
 /// sequence times the heads of a group, in `row_tiles` blocks that read the same keys side by side.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, 2)
     compressed_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
   launch_dependents();
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 /// The window, which needs no selection and so runs beside the kernels before this one; then the
 /// selected blocks. Rows: the heads of one new token.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, 2)
     token_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
   launch_dependents();

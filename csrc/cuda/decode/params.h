@@ -14,12 +14,6 @@ inline constexpr int kChunk = 16;
 inline int64_t chunk_blocks(const BlockConfig& config) {
   return kChunk / (config.select_size / config.block_stride);
 }
-/// What a row keeps of a chunk, in floats: for each of its selection blocks the sum of
-/// overlap * 2^(score - reference) over the chunk's tokens, then the chunk's share in the block
-/// after it, then the reference. Where four blocks make a chunk (the usual d = l'/4) the record is
-/// a 32-byte sector, stored by one instruction: sectors written in parts cost 9 of 106 us at
-/// batch 32.
-constexpr int record_floats(int blocks) { return blocks == 2 ? 4 : blocks == 4 ? 8 : blocks + 4; }
 /// Chunks of a sequence of `max_pages` pages, in whole tiles.
 inline int64_t padded_chunks(const BlockConfig& config, int64_t max_pages) {
   const int64_t per_tile = chunk_blocks(config) * (kTileKeys / kChunk);
@@ -57,8 +51,10 @@ struct DecodeParams {
   int32_t candidates;             // room for the best blocks before they are ranked
 
   Partials partials[kNumBranches];
-  float* weights;  // (B, Hkv, T * G, chunks, record_floats)
-  int2* lists;     // (B, T, Hkv, n): block_indices and the pages where they lie
+  float* weights;   // (B, Hkv, T * G, chunks * 16 d / l'): per row and selection block the sum of
+                    // overlap * 2^(score - reference) over the tokens of the block's own chunk
+  float2* carries;  // (B, Hkv, T * G, chunks): the chunk's share in the block after it, reference
+  int2* lists;      // (B, T, Hkv, n): block_indices and the pages where they lie
 };
 
 }  // namespace nsa::cuda::decode

@@ -13,11 +13,11 @@ struct Segments {
   int count, step;
 };
 
-/// Of head g of a group, for one new token, where `span` is that of its unit.
-__device__ __forceinline__ Segments row_segments(const DecodeParams& p, int branch,
-                                                 const Span& span, int b, int token, int head,
-                                                 int g) {
+/// Of head g of a group, for one new token. Called by a warp.
+__device__ __forceinline__ Segments row_segments(const DecodeParams& p, int branch, int b,
+                                                 int token, int head, int g) {
   const bool dense = branch == kCompressed;
+  const Span span = Schedule(p, branch, threadIdx.x % 32).span(b, dense ? 0 : token);
   const int unit = dense ? b : b * p.tokens + token;
   const int row = dense ? token * p.group + g : g, rows = p.rows[branch];
   return {slot(p, branch, span.first, unit, head, row / rows) * rows + row % rows, span.count,

@@ -11,8 +11,8 @@ namespace nsa::cuda::decode {
 
 namespace {
 
-// More threads wait longer: each of few chunks and blocks, all of the same arithmetic around them.
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kParts = 4;      // threads that share the heads of a chunk
 constexpr int kBuckets = 128;  // of blocks j = bucket mod kBuckets; at least n <= 64
 
 /// Higher is better, equal scores by the lower index. Scores are not negative.
@@ -32,76 +32,78 @@ struct SelectSmem {
   // then candidates (uint64_t), scores of the blocks, carries into a chunk's first block
 };
 
-/// Scores of the blocks in shared memory, in two parts that add up.
+/// Importance of the blocks, from the weights of all heads.
 template <int kBlocks>
-struct Scores {
-  float* blocks;   // from the block's own chunk
-  float* carries;  // (chunks + 1): of each chunk's first block, from the chunk before it
-
-  __device__ __forceinline__ float at(int j) const {
-    return blocks[j] + (j % kBlocks == 0 ? carries[j / kBlocks] : 0.0f);
-  }
-};
-
-/// Importance of the blocks, from the weights of all heads; a thread takes a chunk.
-template <int kBlocks>
-class Importance {
-  static constexpr int kRecord = record_floats(kBlocks);
-  static constexpr int kHeads = kBlocks <= 4 ? 8 : 32 / kBlocks;  // at a time
-  using Vector = std::conditional_t<kBlocks == 2, float2, float4>;
-  static constexpr int kVector = sizeof(Vector) / sizeof(float);
+class BlockScores {
+  static constexpr int kVector = kBlocks < 4 ? 2 : 4;
+  static constexpr int kHeads = kBlocks <= 4 ? 4 : 1;  // of a thread at a time
+  using Vector = std::conditional_t<kVector == 4, float4, float2>;
 
  public:
-  /// Of the new token whose rows start at `first_row`, over at least one chunk. The first weights
-  /// are on their way when this returns: they are needed together with the lse.
-  __device__ __forceinline__ Importance(const DecodeParams& p, int64_t first_row, int chunks)
-      : weights_(p.weights + first_row * p.chunks * kRecord),
-        row_stride_(p.chunks * kRecord),
-        group_(p.group),
-        chunks_(chunks) {
-    load(threadIdx.x, 0);
+  /// Of the new token whose rows start at `first_row`. The weights of the first step are on their
+  /// way when this returns: they are needed together with the lse.
+  __device__ __forceinline__ BlockScores(const DecodeParams& p, int64_t first_row, int chunks)
+      : p_(p), first_row_(first_row), chunks_(chunks) {
+    load(0, 0);
   }
 
-  __device__ __forceinline__ void compute(const float* lse2, const Scores<kBlocks>& scores) {
+  /// scores[j], j < chunks * kBlocks: what a block gets from its own chunk; carries[c]: what chunk
+  /// c - 1 adds to the first block of chunk c.
+  __device__ __forceinline__ void compute(const float* lse2, float* scores, float* carries) {
 #pragma unroll 1
-    for (int chunk = threadIdx.x; chunk < chunks_; chunk += kThreads) {
+    for (int base = 0; base < chunks_; base += kThreads / kParts) {
       float sums[kBlocks] = {}, carry = 0.0f;
 #pragma unroll 1
-      for (int g = 0; g < group_; g += kHeads) {
+      for (int g = 0; g < p_.group; g += kHeads * kParts) {
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
-          const float factor = g + h < group_ ? exp2_approx(tails_[h].y - lse2[g + h]) : 0.0f;
-          carry = fmaf(tails_[h].x, factor, carry);
+          const int head = g + h * kParts + part();
+          const float factor = head < p_.group ? exp2_approx(carries_[h].y - lse2[head]) : 0.0f;
+          carry = fmaf(carries_[h].x, factor, carry);
 #pragma unroll
-          for (int i = 0; i < kBlocks; ++i) sums[i] = fmaf(records_[h][i], factor, sums[i]);
+          for (int i = 0; i < kBlocks; ++i) sums[i] = fmaf(weights_[h][i], factor, sums[i]);
         }
-        const bool last = g + kHeads >= group_;
-        load(last ? chunk + kThreads : chunk, last ? 0 : g + kHeads);
+        const bool last = g + kHeads * kParts >= p_.group;
+        load(last ? base + kThreads / kParts : base, last ? 0 : g + kHeads * kParts);
       }
-      scores.carries[chunk + 1] = carry;
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) scores.blocks[chunk * kBlocks + i] = sums[i];
+      for (int distance = 1; distance < kParts; distance *= 2) {
+        carry += __shfl_xor_sync(0xffffffffu, carry, distance);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+          sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
+      }
+      const int chunk = base + threadIdx.x / kParts;
+      if (part() == 0 && chunk < chunks_) {
+        carries[chunk + 1] = carry;
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) scores[chunk * kBlocks + i] = sums[i];
+      }
     }
   }
 
  private:
-  /// Past the last chunk or head it loads those, in vain.
-  __device__ __forceinline__ void load(int chunk, int g) {
-    const float* chunk_weights = weights_ + min(chunk, chunks_ - 1) * kRecord;
+  __device__ __forceinline__ static int part() { return threadIdx.x % kParts; }
+  __device__ __forceinline__ void load(int base, int g) {
+    const int chunk = base + threadIdx.x / kParts;
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      const float* record = chunk_weights + int64_t{min(g + h, group_ - 1)} * row_stride_;
+      const int head = g + h * kParts + part();
+      const bool valid = chunk < chunks_ && head < p_.group;
+      const int64_t at = (first_row_ + head) * p_.chunks + chunk;
+      carries_[h] = valid ? p_.carries[at] : float2{};
 #pragma unroll
       for (int i = 0; i < kBlocks; i += kVector)
-        *reinterpret_cast<Vector*>(&records_[h][i]) = *reinterpret_cast<const Vector*>(record + i);
-      tails_[h] = *reinterpret_cast<const float2*>(record + kBlocks);
+        *reinterpret_cast<Vector*>(&weights_[h][i]) =
+            valid ? *reinterpret_cast<const Vector*>(p_.weights + at * kBlocks + i) : Vector{};
     }
   }
 
-  const float* weights_;
-  int row_stride_, group_, chunks_;
-  alignas(16) float records_[kHeads][kBlocks];
-  float2 tails_[kHeads];  // carry, reference
+  const DecodeParams& p_;
+  int64_t first_row_;
+  int chunks_;
+  float2 carries_[kHeads];
+  alignas(16) float weights_[kHeads][kBlocks];
 };
 
 /// The `wanted` best of the blocks [begin, end) and their pages, in no order, to winners; 0 <
@@ -109,16 +111,14 @@ class Importance {
 ///
 /// The wanted-th best of the buckets' bests is no better than the wanted-th best block, and what
 /// reaches it lies in `wanted` buckets: few candidates are left to be ranked against each other.
-template <int kBlocks>
-__device__ __forceinline__ void choose_best(const DecodeParams& p, int b,
-                                            const Scores<kBlocks>& scores, int begin, int end,
-                                            int wanted, SelectSmem& smem, uint64_t* candidates) {
+__device__ void choose_best(const DecodeParams& p, int b, const float* scores, int begin, int end,
+                            int wanted, SelectSmem& smem, uint64_t* candidates) {
   constexpr int kSharers = kThreads / kBuckets;  // threads of a bucket
   const int bucket = threadIdx.x / kSharers, sharer = threadIdx.x % kSharers;
   const int first = begin + bucket + sharer * kBuckets;
   uint64_t best = 0;  // below every key
 #pragma unroll 1
-  for (int j = first; j < end; j += kThreads) best = max(best, make_key(scores.at(j), j));
+  for (int j = first; j < end; j += kThreads) best = max(best, make_key(scores[j], j));
 #pragma unroll
   for (int distance = 1; distance < kSharers; distance *= 2)
     best = max(best, __shfl_xor_sync(0xffffffffu, best, distance));
@@ -138,7 +138,7 @@ __device__ __forceinline__ void choose_best(const DecodeParams& p, int b,
   const uint64_t threshold = smem.threshold;
 #pragma unroll 1
   for (int j = first; j < end; j += kThreads) {
-    const uint64_t key = make_key(scores.at(j), j);
+    const uint64_t key = make_key(scores[j], j);
     if (key >= threshold) candidates[atomicAdd(&smem.count, 1)] = key;
   }
   __syncthreads();
@@ -156,16 +156,14 @@ __device__ __forceinline__ void choose_best(const DecodeParams& p, int b,
   __syncthreads();
 }
 
-// 80 registers, so that two blocks of the kernels that read the cache fit beside one of this.
 template <int kBlocks>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     select_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) char memory[];
   SelectSmem& smem = *reinterpret_cast<SelectSmem*>(memory);
   uint64_t* const candidates = reinterpret_cast<uint64_t*>(memory + sizeof(SelectSmem));
-  Scores<kBlocks> scores;
-  scores.blocks = reinterpret_cast<float*>(candidates + p.candidates);
-  scores.carries = scores.blocks + p.chunks * kBlocks;
+  float* const scores = reinterpret_cast<float*>(candidates + p.candidates);
+  float* const carries = scores + p.chunks * kBlocks + kBlocks;
 
   launch_dependents();
   const int head = blockIdx.x % p.heads_kv, row = blockIdx.x / p.heads_kv;
@@ -178,8 +176,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int wanted = min(n - init - (own + 1 - local), local - init);
   const bool choice = wanted > 0 && wanted < local - init;
   const int warp = threadIdx.x / 32;
-  Span span{};
-  if (choice) span = Schedule(p, kCompressed, threadIdx.x % 32).span(b, 0);
+  Segments segments{};
+  if (choice) segments = row_segments(p, kCompressed, b, token, head, min(warp, p.group - 1));
   // Entry `index` of the list, unless it is to be chosen.
   const int index = threadIdx.x;
   int place = index;
@@ -196,35 +194,26 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int chunks = ceil_div(visible_tokens(p, t), kChunk);
     const int64_t first_row =
         ((static_cast<int64_t>(b) * p.heads_kv + head) * p.tokens + token) * p.group;
-    // Two heads of a warp at a time, those that do not exist in vain.
-    const auto row_sum = [&](int g) {
-      return RowSum(p.partials[kCompressed].sums,
-                    row_segments(p, kCompressed, span, b, token, head, min(g, p.group - 1)));
-    };
-    RowSum low = row_sum(warp), high = row_sum(warp + kWarps);
-    Importance<kBlocks> importance(p, first_row, chunks);
+    RowSum row_sum(p.partials[kCompressed].sums, segments);
+    BlockScores<kBlocks> block_scores(p, first_row, chunks);
 #pragma unroll 1
-    for (int j = chunks * kBlocks + threadIdx.x; j < local; j += kThreads) scores.blocks[j] = 0.0f;
-#pragma unroll 1
-    for (int c = chunks + 1 + threadIdx.x; c * kBlocks < local; c += kThreads)
-      scores.carries[c] = 0.0f;
-    if (threadIdx.x == 0) scores.carries[0] = 0.0f;
-#pragma unroll 1
-    for (int g = warp;;) {
-      const float lse2[2] = {low.lse2(), high.lse2()};
-      if (threadIdx.x % 32 == 0) {
-        smem.lse2[g] = lse2[0];
-        smem.lse2[g + kWarps] = lse2[1];
-      }
-      g += 2 * kWarps;
-      if (g >= p.group) break;
-      low = row_sum(g);
-      high = row_sum(g + kWarps);
+    for (int g = warp; g < p.group; g += kWarps) {
+      if (g >= kWarps)
+        row_sum =
+            RowSum(p.partials[kCompressed].sums, row_segments(p, kCompressed, b, token, head, g));
+      const float lse2 = row_sum.lse2();
+      if (threadIdx.x % 32 == 0) smem.lse2[g] = lse2;
     }
+#pragma unroll 1
+    for (int j = chunks * kBlocks + threadIdx.x; j < local; j += kThreads) scores[j] = 0.0f;
     __syncthreads();
-    importance.compute(smem.lse2, scores);
+    block_scores.compute(smem.lse2, scores, carries);
     __syncthreads();
-    choose_best<kBlocks>(p, b, scores, init, local, wanted, smem, candidates);
+#pragma unroll 1
+    for (int chunk = 1 + threadIdx.x; chunk <= chunks; chunk += kThreads)
+      scores[chunk * kBlocks] += carries[chunk];
+    __syncthreads();
+    choose_best(p, b, scores, init, local, wanted, smem, candidates);
   }
 
   if (index >= n) return;
@@ -250,7 +239,7 @@ int32_t select_candidates(const BlockConfig& config, int64_t max_pages) {
 int64_t select_shared_bytes(const BlockConfig& config, int64_t max_pages) {
   const int64_t chunks = padded_chunks(config, max_pages), blocks = chunk_blocks(config);
   return sizeof(SelectSmem) + select_candidates(config, max_pages) * int64_t{8} +
-         (chunks * blocks + chunks + 1) * int64_t{4};
+         (chunks * blocks + blocks + chunks + 1) * int64_t{4};
 }
 
 void launch_select(const DecodeParams& p, cudaStream_t stream) {
