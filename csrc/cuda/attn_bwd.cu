@@ -6,6 +6,7 @@
 #include "cuda/instances/attn_instances.h"
 #include "cuda/sm80/bwd_kernels.h"
 #include "cuda/sm90/bwd.h"
+#include "cuda/sm90/tensor_map.h"
 #include "nsa/api.h"
 #include "nsa/geometry.h"
 
@@ -186,19 +187,14 @@ const char* hopper_unsupported(const AttnBwd& p) {
   NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (major != 9 || minor != 0) return "the Hopper kernels need compute capability 9.0";
-  // The copy engine takes strides of 1 byte to 2^40 - 1.
   const AttnShape& s = p.shape;
   const auto reaches = [&](const InView& view, int64_t heads) {
-    const auto fits = [](int64_t size, int64_t stride) {
-      return size <= 1 || (stride > 0 && stride < int64_t{1} << 39);
-    };
-    return fits(s.cu_seqlens_q ? 1 : s.batch, view.batch) && fits(2, view.seq) &&
-           fits(heads, view.head);
+    return cuda::sm90::can_map(view, s.cu_seqlens_q ? 1 : s.batch, heads);
   };
   bool all = reaches(p.q, s.heads_q) && reaches(p.dout, s.heads_q);
   for (const BranchBwd& branch : p.branch)
     if (branch.enabled) all = all && reaches(branch.k, s.heads_kv) && reaches(branch.v, s.heads_kv);
-  return all ? nullptr : "the Hopper kernels need strides that are not 0";
+  return all ? nullptr : "the Hopper kernels need strides from 1 to 2^39 elements";
 }
 #endif
 
@@ -223,16 +219,6 @@ Hopper choose_kernels([[maybe_unused]] const AttnBwd& p, Backend backend) {
 #endif
 }
 
-/// Rows are read and written 16 bytes at a time. The stride of an axis of one element is free.
-template <class View>
-void check_aligned(const View& view, const char* name, int64_t batch, int64_t heads) {
-  const bool aligned = reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 &&
-                       (batch == 1 || view.batch % 8 == 0) && view.seq % 8 == 0 &&
-                       (heads == 1 || view.head % 8 == 0);
-  if (!aligned)
-    throw std::invalid_argument(std::string(name) + ": rows must start at multiples of 16 bytes");
-}
-
 void check(const AttnBwd& p) {
   const AttnShape& s = p.shape;
   if (s.seqused_k) throw std::invalid_argument("the backward takes no seqused_k");
@@ -244,16 +230,16 @@ void check(const AttnBwd& p) {
       s.total_k > 0)
     throw std::invalid_argument("the window's dk and dv need a place");
   const int64_t batch = s.cu_seqlens_q ? 1 : s.batch;
-  check_aligned(p.q, "q", batch, s.heads_q);
-  check_aligned(p.dout, "dout", batch, s.heads_q);
-  check_aligned(p.dq, "dq", batch, s.heads_q);
+  check_rows_aligned(p.q, "q", batch, s.heads_q);
+  check_rows_aligned(p.dout, "dout", batch, s.heads_q);
+  check_rows_aligned(p.dq, "dq", batch, s.heads_q);
   for (const BranchBwd& branch : p.branch) {
     if (!branch.enabled) continue;
-    check_aligned(branch.out, "out", batch, s.heads_q);
-    check_aligned(branch.k, "k", batch, s.heads_kv);
-    check_aligned(branch.v, "v", batch, s.heads_kv);
-    check_aligned(branch.dk, "dk", batch, s.heads_kv);
-    check_aligned(branch.dv, "dv", batch, s.heads_kv);
+    check_rows_aligned(branch.out, "out", batch, s.heads_q);
+    check_rows_aligned(branch.k, "k", batch, s.heads_kv);
+    check_rows_aligned(branch.v, "v", batch, s.heads_kv);
+    check_rows_aligned(branch.dk, "dk", batch, s.heads_kv);
+    check_rows_aligned(branch.dv, "dv", batch, s.heads_kv);
   }
 }
 

@@ -32,18 +32,6 @@ void check_dims(const AttnShape& shape, std::vector<std::string>& reasons) {
                       ", " + text(shape.dim_v) + ")");
 }
 
-/// Rows are read and written 16 bytes at a time.
-template <class View>
-void check_alignment(const View& view, const char* name) {
-  if (view.ptr == nullptr) return;
-  if (reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 && view.batch % 8 == 0 && view.seq % 8 == 0 &&
-      view.head % 8 == 0)
-    return;
-  throw std::invalid_argument(std::string(name) +
-                              " must be 16-byte aligned on CUDA: its address a multiple of 16 "
-                              "bytes, its strides of 8 elements");
-}
-
 std::string join(const std::vector<std::string>& reasons) {
   std::string message;
   for (const std::string& reason : reasons) message += (message.empty() ? "" : "; ") + reason;
@@ -91,16 +79,18 @@ Capability check_call(const AttnFwd& call) {
   if (call.branch[kSelected].enabled && call.block_indices.ptr == nullptr)
     throw std::invalid_argument("the selected branch needs block_indices");
 
-  check_alignment(call.q, "q");
-  check_alignment(call.out, "out");
+  const int64_t batch = call.shape.cu_seqlens_q ? 1 : call.shape.batch;
+  const int64_t heads_q = call.shape.heads_q, heads_kv = call.shape.heads_kv;
+  check_rows_aligned(call.q, "q", batch, heads_q);
+  check_rows_aligned(call.out, "out", batch, heads_q);
   static constexpr const char* kNames[kNumBranches][3] = {{"k_cmp", "v_cmp", "out of k_cmp"},
                                                           {"k_slc", "v_slc", "out of k_slc"},
                                                           {"k_win", "v_win", "out of k_win"}};
   for (int c = 0; c < kNumBranches; ++c) {
     if (!call.branch[c].enabled) continue;
-    check_alignment(call.branch[c].k, kNames[c][0]);
-    check_alignment(call.branch[c].v, kNames[c][1]);
-    check_alignment(call.branch[c].out, kNames[c][2]);
+    check_rows_aligned(call.branch[c].k, kNames[c][0], batch, heads_kv);
+    check_rows_aligned(call.branch[c].v, kNames[c][1], batch, heads_kv);
+    check_rows_aligned(call.branch[c].out, kNames[c][2], batch, heads_q);
   }
   return capability;
 }
@@ -144,7 +134,7 @@ void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend bac
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
 #ifdef NSA_EXT_WITH_SM90
   const std::vector<std::string> reasons =
-      sm90::fwd_unsupported(call.shape, capability.major, capability.minor);
+      sm90::fwd_unsupported(call, capability.major, capability.minor);
   if (backend == Backend::kSm90 && !reasons.empty()) throw std::invalid_argument(join(reasons));
   const auto on_hopper = [&](const FwdParams& branch) {
     return backend == Backend::kSm90 ||

@@ -41,6 +41,19 @@ void allow_shared_memory(Kernel* kernel, int64_t bytes) {
                                         static_cast<int>(bytes)));
 }
 
+/// Rows are read and written 16 bytes at a time: throws std::invalid_argument where they do not lie
+/// so. The stride of an axis of one element is free.
+template <class View>
+void check_rows_aligned(const View& view, const char* name, int64_t batch, int64_t heads) {
+  if (view.ptr == nullptr) return;
+  if (reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0 && (batch == 1 || view.batch % 8 == 0) &&
+      view.seq % 8 == 0 && (heads == 1 || view.head % 8 == 0))
+    return;
+  throw std::invalid_argument(std::string(name) +
+                              " must be 16-byte aligned on CUDA: its address a multiple of 16 "
+                              "bytes, its strides of 8 elements");
+}
+
 template <class Int>
 __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
   return (a + b - 1) / b;

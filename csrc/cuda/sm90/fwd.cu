@@ -4,14 +4,23 @@
 #include "cuda/common.h"
 #include "cuda/instances/attn_instances.h"
 #include "cuda/sm90/fwd.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace nsa::cuda::sm90 {
 
-std::vector<std::string> fwd_unsupported(const AttnShape& shape, int major, int minor) {
+std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int minor) {
   std::vector<std::string> reasons;
   if (major != 9 || minor != 0) reasons.push_back("the Hopper kernels need compute capability 9.0");
+  const AttnShape& shape = call.shape;
   // Tiles are loaded whole: what lies past a sequence's keys must at least be finite.
   if (shape.seqused_k) reasons.push_back("the Hopper kernels take no seqused_k");
+  const int64_t batch = shape.cu_seqlens_q ? 1 : shape.batch;
+  bool maps = can_map(call.q, batch, shape.heads_q);
+  for (const BranchFwd& branch : call.branch)
+    if (branch.enabled)
+      maps = maps && can_map(branch.k, batch, shape.heads_kv) &&
+             (branch.v.ptr == nullptr || can_map(branch.v, batch, shape.heads_kv));
+  if (!maps) reasons.push_back("the Hopper kernels need strides from 1 to 2^39 elements");
   return reasons;
 }
 

@@ -11,7 +11,7 @@
 namespace nsa::cuda::sm90 {
 
 /// Why these kernels would not take a call that the portable ones take.
-std::vector<std::string> fwd_unsupported(const AttnShape& shape, int major, int minor);
+std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int minor);
 
 /// Whether the kernel of this branch is the faster one.
 bool fwd_pays(const AttnShape& shape, const FwdParams& params);

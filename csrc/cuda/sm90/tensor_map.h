@@ -10,6 +10,15 @@
 
 namespace nsa::cuda::sm90 {
 
+/// Whether the copy engine takes the view's strides: from 1 to 2^40 - 1 bytes. That of an axis of
+/// one element is free.
+inline bool can_map(const InView& view, int64_t batch, int64_t heads) {
+  const auto fits = [](int64_t size, int64_t stride) {
+    return size <= 1 || (stride > 0 && stride < int64_t{1} << 39);
+  };
+  return fits(batch, view.batch) && fits(2, view.seq) && fits(heads, view.head);
+}
+
 /// One axis of a tensor map behind the first: its length, its stride in elements, the box along it.
 struct MapAxis {
   int64_t size, stride;
