@@ -89,8 +89,7 @@ struct FwdBlock {
     return smem + kFixedBytes + args.stages * Shape::kTileBytes;
   }
 
-  /// Waits for the phase of `at`; wait_empty for the phase before, which counts as complete where
-  /// there was none.
+  /// Waits for the phase of `at`; a slot that nobody used yet counts as empty.
   __device__ __forceinline__ static void wait_full(uint64_t* full, const Cursor& at) {
     mbarrier_wait(smem_addr(full + at.slot), at.parity);
   }
