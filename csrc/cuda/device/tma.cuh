@@ -7,6 +7,12 @@
 
 namespace nsa::cuda {
 
+/// The block's dynamic shared memory, aligned to 16 bytes.
+__device__ __forceinline__ char* dynamic_shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
 /// Arrives on the barrier and adds `bytes` to what its phase still has to receive.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)

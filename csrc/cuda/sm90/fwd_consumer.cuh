@@ -276,7 +276,10 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       stats[half].merge_quad(p.scale_log2);
       const float lse = stats[half].lse2(p.scale_log2);
-      minus_lse[half] = lse == negative_infinity() ? 0.0f : -lse;
+      // Rows that only pad the group, and those that see nothing, weigh nothing.
+      const int head = (warp_ * 16 + lane_ / 4 + 8 * half) & ((1 << p.log2_group) - 1);
+      const bool weighs = head < p.group && lse != negative_infinity();
+      minus_lse[half] = weighs ? -lse : negative_infinity();
     }
     clear(o);  // not before: there are no registers for it beside the scores of two tiles
     weigh_values(range, tiles, rows, minus_lse, o);

@@ -14,8 +14,7 @@ template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     fwd_kernel(const __grid_constant__ FwdArgs args) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
-  extern __shared__ char smem[];
-  run_block<Shape>(args, smem);
+  run_block<Shape>(args, dynamic_shared_memory());
 #endif
 }
 
@@ -81,11 +80,9 @@ void launch_shape(const AttnShape& shape, const FwdParams& params, cudaStream_t 
   int device, multiprocessors;
   NSA_CUDA_CHECK(cudaGetDevice(&device));
   NSA_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  auto* kernel = fwd_kernel<Shape>;
-  allow_shared_memory(kernel, bytes);
-  kernel<<<grid_size(std::min<int64_t>(args.jobs, multiprocessors)), Shape::kThreads, bytes,
-           stream>>>(args);
-  check_launch("sm90::fwd_kernel");
+  const unsigned blocks = grid_size(std::min<int64_t>(args.jobs, multiprocessors));
+  launch_kernel(fwd_kernel<Shape>, "sm90::fwd_kernel", blocks, Shape::kThreads, bytes, stream,
+                args);
 }
 
 template <class T, int kDk, int kDv>

@@ -1,0 +1,73 @@
+// csrc/cuda/device/ptx.cuh for the emulator: what the Hopper forward uses of it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdlib>
+#include <type_traits>
+
+#include "emulator.h"
+
+namespace nsa::cuda {
+
+using bf16 = __nv_bfloat16;
+
+inline uint32_t smem_addr(const void* p) { return emulator::shared_address(p); }
+inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+/// 64 bits of shared memory, as an mbarrier is on the device.
+struct Mbarrier {
+  int16_t expected, missing;
+  int32_t bytes : 31;
+  uint32_t phase : 1;
+  void complete() {
+    if (missing < 0) std::abort();  // more arrivals than expected
+    if (missing > 0 || bytes != 0) return;
+    missing = expected;
+    phase ^= 1;
+  }
+};
+static_assert(sizeof(Mbarrier) == 8);
+inline Mbarrier& mbarrier(uint32_t bar) {
+  if (bar % 8 != 0) std::abort();
+  return *reinterpret_cast<Mbarrier*>(emulator::shared_pointer(bar));
+}
+
+inline void mbarrier_init(uint32_t bar, int count) {
+  mbarrier(bar) = {static_cast<int16_t>(count), static_cast<int16_t>(count), 0, 0};
+}
+inline void mbarrier_arrive(uint32_t bar) {
+  --mbarrier(bar).missing;
+  mbarrier(bar).complete();
+}
+inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
+  while (mbarrier(bar).phase == parity) emulator::wait_in("mbarrier", static_cast<int>(bar));
+}
+inline void named_barrier_sync(int id, int threads) { emulator::sync_named(id, threads); }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <class T>
+uint32_t pack2(float lo, float hi) {
+  T pair[2];
+  if constexpr (std::is_same_v<T, bf16>) {
+    pair[0] = __float2bfloat16_rn(lo), pair[1] = __float2bfloat16_rn(hi);
+  } else {
+    pair[0] = __float2half_rn(lo), pair[1] = __float2half_rn(hi);
+  }
+  uint32_t bits;
+  std::memcpy(&bits, static_cast<void*>(pair), 4);
+  return bits;
+}
+template <class T>
+float2 unpack2(uint32_t bits) {
+  T pair[2];
+  std::memcpy(static_cast<void*>(pair), &bits, 4);
+  return {static_cast<float>(pair[0]), static_cast<float>(pair[1])};
+}
+
+inline float to_float(bf16 x) { return __bfloat162float(x); }
+inline float to_float(__half x) { return __half2float(x); }
+
+}  // namespace nsa::cuda

@@ -1,0 +1,169 @@
+// The Hopper forward, its threads run on the CPU, against the CPU kernels: outputs, lse and
+// selected blocks of all branches; and that no barrier of it hangs or is passed too early.
+#include <cmath>
+#include <random>
+
+#include "../cpp/executors.h"
+#include "../cpp/tensor.h"
+#include "cuda/fwd/branches.h"
+#include "cuda/sm90/fwd.h"
+
+using nsa::AttnFwd;
+using nsa::BlockConfig;
+using nsa::DType;
+using nsa::kCompressed;
+using nsa::kNumBranches;
+using testing::Layout;
+using testing::Tensor;
+
+namespace {
+
+struct Case {
+  const char* name;
+  int64_t batch, seqlen_q, seqlen_k, heads_q, heads_kv, dim_qk, dim_v;
+  BlockConfig config;  // l, d, l', n, initial, local, w
+  Layout layout = Layout::kContiguous;
+  DType dtype = DType::kBFloat16;
+};
+
+const Case kCases[] = {
+    {"groups of 16", 1, 40, 900, 16, 1, 128, 128, {32, 16, 64, 8, 1, 2, 100}},
+    {"causal", 2, 150, 150, 16, 1, 64, 64, {32, 16, 64, 3, 1, 1, 70}},
+    {"groups of 4", 1, 70, 700, 8, 2, 128, 128, {32, 16, 64, 6, 1, 2, 130}, Layout::kHeadsFirst},
+    {"groups of 1", 1, 90, 400, 2, 2, 64, 64, {32, 16, 64, 3, 1, 1, 40}},
+    {"groups of 6", 1, 33, 333, 12, 2, 64, 64, {32, 16, 64, 3, 0, 1, 64}},
+    {"groups of 12", 1, 20, 900, 12, 1, 64, 64, {32, 16, 64, 5, 1, 1, 64}},
+    {"groups of 32", 1, 12, 900, 32, 1, 64, 64, {32, 16, 64, 8, 1, 2, 512}},
+    {"groups of 64", 1, 7, 500, 64, 1, 64, 64, {32, 16, 64, 5, 1, 2, 64}},
+    {"blocks of 128", 1, 30, 1500, 16, 1, 64, 64, {32, 32, 128, 5, 1, 1, 64}},
+    {"blocks of 32", 1, 30, 700, 16, 1, 64, 64, {16, 16, 32, 12, 1, 1, 64}},
+    {"no keys for the first", 1, 60, 40, 16, 1, 64, 64, {32, 16, 64, 3, 1, 1, 9}},
+    {"values of 128", 1, 20, 600, 16, 1, 192, 128, {32, 16, 64, 6, 1, 2, 100}},
+    {"float16",
+     1,
+     20,
+     600,
+     16,
+     1,
+     64,
+     64,
+     {64, 16, 64, 6, 1, 2, 100},
+     Layout::kContiguous,
+     DType::kFloat16},
+    {"64 blocks", 1, 16, 5000, 8, 1, 64, 64, {32, 16, 64, 64, 1, 2, 64}},
+};
+
+Tensor normal(std::mt19937& random, const Case& c, int64_t seq, int64_t heads, int64_t dim) {
+  Tensor tensor(c.dtype, c.batch, seq, heads, dim, c.layout);
+  tensor.fill_random(random, 1.0);
+  return tensor;
+}
+
+struct Results {
+  Tensor out, branch[kNumBranches], lse[kNumBranches];
+  std::vector<int32_t> blocks;
+};
+
+/// The call with results of its own.
+AttnFwd make_call(const Case& c, const Tensor& q, const Tensor (&k)[2], const Tensor (&v)[2],
+                  const Tensor& gates, Results& results) {
+  AttnFwd call{};
+  call.shape = {
+      c.dtype,   c.batch,    c.seqlen_q, c.seqlen_k, c.batch * c.seqlen_q, c.batch * c.seqlen_k,
+      c.heads_q, c.heads_kv, c.dim_qk,   c.dim_v};
+  call.shape.softmax_scale = 1.0 / std::sqrt(static_cast<double>(c.dim_qk));
+  call.config = c.config;
+  call.q = q.in();
+  call.gates = gates.in();
+  results.out = Tensor(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.dim_v);
+  call.out = results.out.out();
+  for (int b = 0; b < kNumBranches; ++b) {
+    results.branch[b] = Tensor(c.dtype, c.batch, c.seqlen_q, c.heads_q, c.dim_v);
+    results.lse[b] =
+        Tensor(DType::kFloat32, c.batch, c.seqlen_q, c.heads_q, 1, Layout::kHeadsFirst);
+    call.branch[b] = {true, k[b != kCompressed].in(), v[b != kCompressed].in(),
+                      results.branch[b].out(), results.lse[b].out()};
+  }
+  call.index_count = c.config.num_selected;
+  const int64_t row = call.index_count, rows = c.batch * c.seqlen_q * c.heads_kv;
+  results.blocks.assign(rows * row, -7);
+  call.block_indices = {results.blocks.data(), c.seqlen_q * c.heads_kv * row, c.heads_kv * row,
+                        row};
+  return call;
+}
+
+/// Root mean square of the difference over that of `right`, over the rows that `counts` names.
+template <class Counts>
+double difference(const Case& c, const Tensor& x, const Tensor& right, const Counts& counts) {
+  double error = 0, size = 1e-30;
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t i = 0; i < c.seqlen_q; ++i)
+      for (int64_t h = 0; h < c.heads_q; ++h) {
+        if (!counts(b, i, h)) continue;
+        for (int64_t d = 0; d < c.dim_v; ++d) {
+          const double value = x.at(b, i, h, d), expected = right.at(b, i, h, d);
+          error += (value - expected) * (value - expected);
+          size += expected * expected;
+        }
+      }
+  return std::sqrt(error / size);
+}
+
+void run(const Case& c) {
+  std::mt19937 random(7);
+  const int64_t compressed =
+      std::max<int64_t>(0, (c.seqlen_k - c.config.block_size) / c.config.block_stride + 1);
+  const Tensor q = normal(random, c, c.seqlen_q, c.heads_q, c.dim_qk);
+  Tensor k[2], v[2];
+  for (int raw = 0; raw < 2; ++raw) {
+    const int64_t keys = raw ? c.seqlen_k : compressed;
+    k[raw] = normal(random, c, keys, c.heads_kv, c.dim_qk);
+    v[raw] = normal(random, c, keys, c.heads_kv, c.dim_v);
+  }
+  const Tensor gates = normal(random, c, c.seqlen_q, c.heads_q, 3);
+
+  Results hopper, cpu;
+  const AttnFwd call = make_call(c, q, k, v, gates, hopper);
+  nsa::cuda::for_each_branch(call, nullptr, [&](const nsa::cuda::FwdParams& params) {
+    nsa::cuda::sm90::attn_fwd_branch(call.shape, params, nullptr);
+  });
+  nsa::cpu::attn_fwd(make_call(c, q, k, v, gates, cpu), executors::serial());
+
+  // Near ties may fall either way; what depends on the selection is compared where it is the same.
+  const int64_t n = c.config.num_selected, rows = c.batch * c.seqlen_q * c.heads_kv;
+  const auto same_blocks = [&](int64_t b, int64_t i, int64_t h) {
+    const int64_t row = ((b * c.seqlen_q + i) * c.heads_kv + h * c.heads_kv / c.heads_q) * n;
+    return std::equal(&hopper.blocks[row], &hopper.blocks[row] + n, &cpu.blocks[row]);
+  };
+  int64_t differ = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    differ +=
+        !std::equal(&hopper.blocks[row * n], &hopper.blocks[row * n] + n, &cpu.blocks[row * n]);
+  CHECK_MESSAGE(differ * 25 <= rows, std::to_string(differ) + " selections differ");
+  for (int b = 0; b <= kNumBranches; ++b) {
+    const Tensor& x = b < kNumBranches ? hopper.branch[b] : hopper.out;
+    const Tensor& right = b < kNumBranches ? cpu.branch[b] : cpu.out;
+    const double error = difference(c, x, right, same_blocks);
+    CHECK_MESSAGE(error < 0.005,
+                  "output " + std::to_string(b) + ": error " + std::to_string(error));
+  }
+  for (int b = 0; b < kNumBranches; ++b)
+    for (int64_t batch = 0; batch < c.batch; ++batch)
+      for (int64_t i = 0; i < c.seqlen_q; ++i)
+        for (int64_t h = 0; h < c.heads_q; ++h) {
+          const double x = hopper.lse[b].at(batch, i, h, 0), right = cpu.lse[b].at(batch, i, h, 0);
+          if (!same_blocks(batch, i, h)) continue;
+          CHECK_MESSAGE(x == right || std::fabs(x - right) < 1e-4,
+                        "lse " + std::to_string(x) + ", expected " + std::to_string(right));
+        }
+}
+
+}  // namespace
+
+int main() {
+  for (const Case& c : kCases) {
+    check::context() = c.name;
+    run(c);
+  }
+  return check::report();
+}
