@@ -182,11 +182,9 @@ Kernels find_kernels(const AttnShape& s, const Hopper& hopper) {
 #ifdef NSA_EXT_WITH_SM90
 /// Why the Hopper kernels would not take a call that the portable ones take; null where they would.
 const char* hopper_unsupported(const AttnBwd& p) {
-  int device, major, minor;
-  NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major != 9 || minor != 0) return "the Hopper kernels need compute capability 9.0";
+  const ComputeCapability device;
+  if (device.major != 9 || device.minor != 0)
+    return "the Hopper kernels need compute capability 9.0";
   const AttnShape& s = p.shape;
   const auto reaches = [&](const InView& view, int64_t heads) {
     return cuda::sm90::can_map(view, s.cu_seqlens_q ? 1 : s.batch, heads);

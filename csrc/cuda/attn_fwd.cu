@@ -38,16 +38,6 @@ std::string join(const std::vector<std::string>& reasons) {
   return message;
 }
 
-struct Capability {
-  int major, minor;
-  Capability() {
-    int device;
-    NSA_CUDA_CHECK(cudaGetDevice(&device));
-    NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  }
-};
-
 bool wants_output(const AttnFwd& call) {
   bool wanted = call.gates.ptr != nullptr;
   for (const BranchFwd& branch : call.branch) wanted |= branch.enabled && branch.out.ptr != nullptr;
@@ -63,8 +53,8 @@ int64_t dim_v_of(int64_t dim_qk) {
   return dim_qk;
 }
 
-Capability check_call(const AttnFwd& call) {
-  const Capability capability;
+ComputeCapability check_call(const AttnFwd& call) {
+  const ComputeCapability capability;
   const std::vector<std::string> reasons =
       supports(call.shape, call.config, capability.major, capability.minor);
   if (!reasons.empty()) throw std::invalid_argument(join(reasons));
@@ -130,7 +120,7 @@ void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend bac
   if (params.shape.total_q == 0 || params.shape.heads_q == 0) return;
   AttnFwd call = params;
   if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
-  const Capability capability = check_call(call);
+  const ComputeCapability capability = check_call(call);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
 #ifdef NSA_EXT_WITH_SM90
   const std::vector<std::string> reasons =

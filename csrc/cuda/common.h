@@ -41,6 +41,17 @@ void allow_shared_memory(Kernel* kernel, int64_t bytes) {
                                         static_cast<int>(bytes)));
 }
 
+/// Of the current device.
+struct ComputeCapability {
+  int major, minor;
+  ComputeCapability() {
+    int device;
+    NSA_CUDA_CHECK(cudaGetDevice(&device));
+    NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  }
+};
+
 /// Rows are read and written 16 bytes at a time: throws std::invalid_argument where they do not lie
 /// so. The stride of an axis of one element is free.
 template <class View>

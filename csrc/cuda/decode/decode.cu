@@ -98,12 +98,10 @@ void check_aligned(const void* ptr, std::initializer_list<int64_t> strides, cons
 }
 
 void check_call(const DecodeFwd& call) {
-  int device, major, minor;
-  NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  const ComputeCapability device;
   std::string message;
-  for (const std::string& reason : decode_supports(call.shape, call.config, major, minor))
+  for (const std::string& reason :
+       decode_supports(call.shape, call.config, device.major, device.minor))
     message += (message.empty() ? "" : "; ") + reason;
   if (!message.empty()) throw std::invalid_argument(message);
 

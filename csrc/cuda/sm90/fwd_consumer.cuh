@@ -94,6 +94,15 @@ class Consumer {
                              keys + (k / 4 * Shape::kPanelBytes + k % 4 * 32) / 16, k > 0);
     wgmma_commit();
   }
+  /// The scores of a tile, which is released, with nothing else underway.
+  __device__ __forceinline__ void compute_scores(float (&s)[kScores], const Cursor& at) const {
+    wait_full(at);
+    wgmma_fence();
+    issue_scores(s, at);
+    wgmma_wait<0>();
+    pin(s);
+    release(at);
+  }
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
                                                const uint32_t (&pack)[kScores / 2],
                                                const Cursor& at) const {
@@ -162,13 +171,7 @@ class Consumer {
                                              const Softmax& softmax) {
     float s[kScores], factor[2];
     uint32_t packed[kScores / 2];
-    const Cursor first = take();
-    wait_full(first);
-    wgmma_fence();
-    issue_scores(s, first);
-    wgmma_wait<0>();
-    pin(s);
-    release(first);
+    compute_scores(s, take());
     softmax(s, 0, factor);
     pack(s, packed);
     for (int j = 1; j < tiles; ++j) {
@@ -224,12 +227,7 @@ class Consumer {
         const int key = blocks.tile_key(p, j);
         float s[kScores];
         uint32_t packed[kScores / 2];
-        wait_full(k);
-        wgmma_fence();
-        issue_scores(s, k);
-        wgmma_wait<0>();
-        pin(s);
-        release(k);
+        compute_scores(s, k);
         Rows seen = rows;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -343,13 +341,7 @@ class Consumer {
     if (p.has_output) return walk_pairs<false>(tiles, o, softmax);
     float s[kScores], unused[2];
     for (int j = 0; j < tiles; ++j) {
-      const Cursor k = take();
-      wait_full(k);
-      wgmma_fence();
-      issue_scores(s, k);
-      wgmma_wait<0>();
-      pin(s);
-      release(k);
+      compute_scores(s, take());
       softmax(s, j, unused);
     }
   }
