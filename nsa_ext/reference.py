@@ -9,7 +9,8 @@ lse = -inf, and sends no gradient.
 
 Any dtype, any device; plain torch differentiates it. In float32 and float64 everything is computed
 in that dtype. In 16-bit dtypes it rounds where a fused kernel rounds (softmax weights before their
-product with V, the output of each branch, phi's hidden layer) and accumulates in float32.
+product with V, the output of each branch, phi's hidden layer; for gradients see
+:class:`_FusedAttention`) and accumulates in float32.
 
 Every function takes (B, S, H, D) tensors or, with ``cu_seqlens_q``/``cu_seqlens_k`` (int32, B + 1
 row offsets), packed (T, H, D) tensors. Compressed token c of a packed sequence that starts at key
@@ -187,9 +188,12 @@ def attention(
     def attend(rows: slice, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         mask, keys = _crop(visible(rows))
         k, v = k[:, keys], v[:, keys]
-        p, total, lse = _softmax(q[:, rows], k, mask, softmax_scale)
-        out = torch.einsum("bihgj,bjhd->bihgd", _round(p, v.dtype), v.to(p.dtype)) / total
-        return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3).transpose(1, 2)
+        score, p, total, lse = _softmax(q[:, rows], k, mask, softmax_scale)
+        if p.dtype == v.dtype:
+            out = torch.einsum("bihgj,bjhd->bihgd", p, v) / total
+        else:
+            out = _FusedAttention.apply(score, p.detach(), total.detach(), v)
+        return out.flatten(2, 3), lse.flatten(2, 3).transpose(1, 2)
 
     out, lse = [], []
     for rows in _chunks(q, k):
@@ -202,6 +206,31 @@ def attention(
     return torch.cat(out, dim=1), torch.cat(lse, dim=2)
 
 
+class _FusedAttention(torch.autograd.Function):
+    """p v / total with 16-bit v, where p = exp(score - row maximum) and total is its row sum.
+
+    Its gradients are those of a fused kernel, which keeps the rounded output alone, computes the
+    weights again and multiplies 16-bit matrices: the weights are rounded before dv, the score's
+    gradient before its products with q and k, and sum(dout * out) takes the rounded out.
+    """
+
+    @staticmethod
+    def forward(ctx, score, p, total, v):
+        out = torch.einsum("bihgj,bjhd->bihgd", _round(p, v.dtype), v.to(p.dtype)) / total
+        out = out.to(v.dtype)
+        ctx.save_for_backward(p / total, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        weight, v, out = ctx.saved_tensors
+        dout = dout.to(weight.dtype)
+        dv = torch.einsum("bihgj,bihgd->bjhd", _round(weight, v.dtype), dout).to(v.dtype)
+        dweight = torch.einsum("bihgd,bjhd->bihgj", dout, v.to(weight.dtype))
+        delta = (dout * out).sum(dim=-1, keepdim=True)
+        return _round(weight * (dweight - delta), v.dtype), None, None, dv
+
+
 def _crop(mask: Tensor) -> tuple[Tensor, slice]:
     """The mask without the keys on both sides that no query sees, and the range that is left."""
     seen = mask.flatten(0, 2).any(dim=0).nonzero()
@@ -211,8 +240,8 @@ def _crop(mask: Tensor) -> tuple[Tensor, slice]:
 
 def _softmax(
     q: Tensor, k: Tensor, visible: Tensor, softmax_scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(score - row maximum) of the visible keys (B, Sq, Hkv, G, Sk), its row sum
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of the visible keys (B, Sq, Hkv, G, Sk), exp(score - row maximum), its row sum
     (B, Sq, Hkv, G, 1; 1 where nothing is visible), and lse (B, Sq, Hkv, G)."""
     acc = _acc_dtype(q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -228,7 +257,7 @@ def _softmax(
     p = torch.exp(score - row_max)
     total = p.sum(dim=-1, keepdim=True).masked_fill(~sees_any, 1)
     lse = (row_max + total.log()).masked_fill(~sees_any, -torch.inf)
-    return p, total, lse.squeeze(-1)
+    return score, p, total, lse.squeeze(-1)
 
 
 # The branches.
@@ -324,7 +353,7 @@ def importance(
     result = []
     for rows in _chunks(q, k_cmp):
         mask = compressed_mask(t[rows], num_compressed, config)
-        p, total, _ = _softmax(q[:, rows], k_cmp, mask, softmax_scale)
+        _, p, total, _ = _softmax(q[:, rows], k_cmp, mask, softmax_scale)
         result.append((p / total).sum(dim=3) @ weight.to(p.dtype))
     return torch.cat(result, dim=1)
 

@@ -19,7 +19,7 @@ from nsa_ext import NSAConfig, reference
 class Backend:
     device: str
     dtype: torch.dtype
-    kernels: str = "auto"  # on CUDA: "auto" or "sm80", the portable ones
+    kernels: str = "auto"  # on CUDA: "auto", "sm80" (the portable ones) or "sm90"
 
     def __str__(self):
         name = f"{self.device}-{str(self.dtype).removeprefix('torch.')}"
@@ -32,6 +32,8 @@ class Backend:
                 pytest.skip("no CUDA device")
             if not has_kernel("sparse_attn_fwd", "CUDA"):
                 pytest.skip("nsa_ext was built without CUDA")
+            if self.kernels == "sm90" and not has_hopper():
+                pytest.skip("no Hopper GPU, or nsa_ext was built without its kernels")
             return nsa_ext.cuda_backend(self.kernels)
         return contextlib.nullcontext()
 
@@ -43,6 +45,7 @@ CUDA_BACKENDS = [
     Backend("cuda", torch.bfloat16),
     Backend("cuda", torch.float16),
     Backend("cuda", torch.bfloat16, "sm80"),
+    Backend("cuda", torch.bfloat16, "sm90"),
 ]
 
 
@@ -51,6 +54,12 @@ def backend_params(backends):
         pytest.param(b, id=str(b), marks=[pytest.mark.gpu] if b.device == "cuda" else [])
         for b in backends
     ]
+
+
+def has_hopper():
+    """Whether the Hopper kernels were compiled, and the current device is one that runs them."""
+    archs = nsa_ext.build_info()["cuda_archs"] or ""
+    return "9.0" in archs and torch.cuda.get_device_capability() == (9, 0)
 
 
 def has_kernel(op, dispatch_key):

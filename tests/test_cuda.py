@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 BF16 = CUDA_BACKENDS[0]
 on_cuda = pytest.mark.parametrize(
-    "backend", backend_params([BF16, CUDA_BACKENDS[2]]), indirect=True
+    "backend", backend_params([BF16, *CUDA_BACKENDS[2:]]), indirect=True
 )
 every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=str)
 PROBLEM = Problem("graph", seqlens=((130, 130), (0, 5), (40, 300)), packed=True, config=SMALL)

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import CUDA_BACKENDS, Backend, Problem, backend_params, make_inputs
+from helpers import CUDA_BACKENDS, Problem, backend_params, make_inputs
 from operators import OPERATORS, SELECTED, kernel_keywords
 from test_compress import KINDS, Phi
 
@@ -18,7 +18,7 @@ from nsa_ext import NSAConfig
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = [CUDA_BACKENDS[0], Backend("cuda", torch.bfloat16, "sm80")]
+KERNELS = [backend for backend in CUDA_BACKENDS if backend.dtype == torch.bfloat16]
 on_cuda = pytest.mark.parametrize("backend", backend_params(KERNELS), indirect=True)
 
 CONFIG = NSAConfig(num_selected=3, num_init=1, num_local=1, window=37)

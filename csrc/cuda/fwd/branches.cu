@@ -66,7 +66,6 @@ void for_each_branch(const AttnFwd& call, void* workspace,
   p.group = static_cast<int32_t>(shape.heads_q / shape.heads_kv);
   p.log2_group = log2_ceil(p.group);
   p.scale_log2 = static_cast<float>(shape.softmax_scale * 1.4426950408889634);
-  p.max_slack = 8.0f / p.scale_log2;
   p.config = call.config;
   p.config.window = std::min(p.config.window, std::max(p.seqlen_k, 1));  // no sum overflows
   p.select_shift = log2_ceil(p.config.select_size);

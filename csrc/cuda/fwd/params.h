@@ -32,7 +32,6 @@ struct FwdParams {
   int32_t select_shift;        // log2 l'
   int32_t stride_shift;        // log2 d
   float scale_log2;            // softmax_scale * log2(e): softmax in base two
-  float max_slack;  // how far a raw score may exceed the running maximum: 2^8 in base two
   BlockConfig config;
 };
 

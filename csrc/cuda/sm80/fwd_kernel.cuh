@@ -336,9 +336,10 @@ class FwdBlock {
     }
   }
 
-  /// s becomes exp(scale (s - reference)), where the reference of a row is its maximum so far, or
-  /// up to max_slack below it: then the output so far need not be rescaled, nor the quad agree on a
-  /// new maximum.
+  /// s becomes exp(scale (s - maximum so far)). The output so far is rescaled, and the quad agrees
+  /// on a new maximum, only where a row of the warp has one. (A reference that may lag behind the
+  /// maximum saves more of these, but then the weight of the key that dominates a row is not 1 but
+  /// rounded like any other: twice the error of a softmax that is nearly one-hot.)
   __device__ __forceinline__ static void online_softmax(const FwdParams& p, uint32_t groups,
                                                         float (&s)[kGroups][8][4],
                                                         OnlineRow (&rows)[kGroups][2],
@@ -347,8 +348,7 @@ class FwdBlock {
     for (int m = 0; m < kGroups; ++m) {
       if (kGroups > 1 && !(groups >> m & 1)) continue;
       const float max[2] = {lane_max(s[m], 0), lane_max(s[m], 1)};
-      if (__any_sync(0xffffffffu, max[0] > rows[m][0].max + p.max_slack ||
-                                      max[1] > rows[m][1].max + p.max_slack)) {
+      if (__any_sync(0xffffffffu, max[0] > rows[m][0].max || max[1] > rows[m][1].max)) {
         float factor[2], reference;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -356,7 +356,7 @@ class FwdBlock {
           OnlineRow& row = rows[m][half];
           const float top = quad_max(max[half]);
           factor[half] = 1.0f;
-          if (top > row.max + p.max_slack) factor[half] = row.raise(top, p.scale_log2, reference);
+          if (top > row.max) factor[half] = row.raise(top, p.scale_log2, reference);
         }
 #pragma unroll
         for (int i = 0; i < kDv / 2; ++i) o[m][i / 4][i % 4] *= factor[i / 2 % 2];
