@@ -419,8 +419,8 @@ class FwdBlock {
       const int row = i + lane / kChunks;
       const int token = token_of(p, warp_row + row), head = head_of(p, warp_row + row);
       if (!row_exists(p, job, warp_row + row)) continue;
-      const uint4 value = load_shared_16(staging + tile_offset<kDv>(row, chunk));
-      store_chunk<T>(p, job, token, head, chunk * 8, value);
+      const uint4 value[1] = {load_shared_16(staging + tile_offset<kDv>(row, chunk))};
+      store_chunks<T>(p, job, token, head, chunk * 8, 0, value);
     }
   }
 };

@@ -89,7 +89,8 @@ struct FwdBlock {
     return smem + kFixedBytes + args.stages * Shape::kTileBytes;
   }
 
-  /// Waits for the phase of `at`; a slot that nobody used yet counts as empty.
+  /// Waits for the phase of `at`; wait_empty for the phase before, which counts as complete where
+  /// there was none.
   __device__ __forceinline__ static void wait_full(uint64_t* full, const Cursor& at) {
     mbarrier_wait(smem_addr(full + at.slot), at.parity);
   }

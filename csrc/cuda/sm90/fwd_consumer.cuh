@@ -55,7 +55,9 @@ class Consumer {
       // The warpgroup's last scores are done: its next Q loads while it stores this job's rows.
       named_barrier_sync(1 + consumer_, 128);
       request_q(index);
-      write_rows<T, Shape::kDimV, kWalk != Walk::kRank>(p, job, row, o, stats);
+      // The window, last of a full call, reads what the others wrote.
+      constexpr int kBatch = kWalk == Walk::kRange ? Shape::kDimV / 32 : 1;
+      write_rows<T, Shape::kDimV, kWalk != Walk::kRank, kBatch>(p, job, row, o, stats);
     }
   }
 
@@ -78,6 +80,15 @@ class Consumer {
   /// The calling warp is done with a tile; its products with it are waited for.
   __device__ __forceinline__ void release(const Cursor& at) const {
     if (lane_ == 0) mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
+  }
+  /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
+  /// to the phase of its fill: before that it would count for the fill before.
+  __device__ __forceinline__ void skip(int pairs) {
+    for (int i = 0; i < 2 * pairs; ++i) {
+      const Cursor at = take();
+      wait_full(at);
+      release(at);
+    }
   }
   /// The next tile of the ring.
   __device__ __forceinline__ Cursor take() {
@@ -113,16 +124,20 @@ class Consumer {
     wgmma_commit();
   }
 
-  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first.
+  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first. Only ranges have a lo.
   __device__ __forceinline__ void mask(float (&s)[kScores], const Rows& rows, int key) const {
-    const bool inside =
-        key >= max(rows.lo[0], rows.lo[1]) && key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
+    constexpr bool kLower = kWalk == Walk::kRange;
+    const bool inside = (!kLower || key >= max(rows.lo[0], rows.lo[1])) &&
+                        key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
     if (__all_sync(0xffffffffu, inside)) return;
+    // Bounds relative to this lane's first column: what is compared with them is constant.
     const int column = key + (lane_ % 4) * 2;
+    const int lo[2] = {rows.lo[0] - column, rows.lo[1] - column};
+    const int hi[2] = {rows.hi[0] - column, rows.hi[1] - column};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      const int s_key = column + i / 4 * 8 + (i & 1), half = i / 2 % 2;
-      if (s_key < rows.lo[half] || s_key >= rows.hi[half]) s[i] = negative_infinity();
+      const int offset = i / 4 * 8 + (i & 1), half = i / 2 % 2;
+      if ((kLower && offset < lo[half]) || offset >= hi[half]) s[i] = negative_infinity();
     }
   }
 
@@ -218,12 +233,20 @@ class Consumer {
     const BlockList blocks(block_.extra(), p.sort_size, list_.slot);
     const int tiles = blocks.tiles(p), tiles_shift = BlockList::tiles_shift(p);
     const int keys = min(kTileKeys, p.config.select_size);
-    const int tokens = 64 >> p.log2_group, first = consumer_ * tokens;
-    const uint32_t mine = first < 32 ? (tokens < 32 ? (1u << tokens) - 1 : ~0u) << first : 0;
-    for (int j = 0; j < tiles; ++j) {
-      const Cursor k = take(), v = take();
-      const uint32_t chosen_by = blocks.tokens(j >> tiles_shift);
-      if (chosen_by & mine) {
+    const uint32_t mine = BlockList::consumer_tokens(p, consumer_);
+    int walked = 0;  // tiles up to here have been taken from the ring, or skipped
+    for (int base = 0; base < tiles; base += 32) {
+      // 32 tiles at a time: each lane looks whether the warpgroup wants one of them.
+      const int candidate = base + lane_;
+      const uint32_t chosen_here = candidate < tiles ? blocks.tokens(candidate >> tiles_shift) : 0;
+      uint32_t wanted = __ballot_sync(0xffffffffu, chosen_here & mine);
+      while (wanted != 0) {
+        const int bit = __ffs(wanted) - 1, j = base + bit;
+        wanted &= wanted - 1;
+        const uint32_t chosen_by = __shfl_sync(0xffffffffu, chosen_here, bit);
+        skip(j - walked);
+        walked = j + 1;
+        const Cursor k = take(), v = take();
         const int key = blocks.tile_key(p, j);
         float s[kScores];
         uint32_t packed[kScores / 2];
@@ -251,15 +274,9 @@ class Consumer {
         wgmma_wait<0>();
         pin(o);
         release(v);
-      } else {
-        // A release belongs to the phase of its fill; before that it would count for the fill
-        // before.
-        wait_full(k);
-        release(k);
-        wait_full(v);
-        release(v);
       }
     }
+    skip(tiles - walked);
     Block::arrive(block_.barriers.list_empty, list_);
     list_.advance(kListBuffers);
   }

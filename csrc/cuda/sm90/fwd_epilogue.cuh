@@ -26,8 +26,9 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
 }
 
 /// Writes lse, output and gated sum of the rows `row` and `row + 8` of the tile. kNormalize: `o` is
-/// still to be divided by the row's sum.
-template <class T, int kDimV, bool kNormalize>
+/// still to be divided by the row's sum. kBatch: 16-byte
+/// chunks of a row that are read and written at a time; more hide latency, and take registers.
+template <class T, int kDimV, bool kNormalize, int kBatch>
 __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, int row,
                                            const float (&o)[kDimV / 2], OnlineRow (&stats)[2]) {
   const int quad_lane = threadIdx.x % 4;
@@ -45,17 +46,20 @@ __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, i
       *query_row<float>(p.lse, p, job, token, head) = stats[half].lse2(p.scale_log2) * kLn2;
     if (!p.has_output) continue;
 #pragma unroll
-    for (int chunk = 0; chunk < kDimV / 32; ++chunk) {
-      uint32_t w[4];
+    for (int first = 0; first < kDimV / 32; first += kBatch) {
+      uint4 chunks[kBatch];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = o + (chunk * 4 + i) * 4 + 2 * half;
-        w[i] = pack2<T>(pair[0] * scale, pair[1] * scale);
+      for (int i = 0; i < kBatch; ++i) {
+        uint32_t w[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* pair = o + ((first + i) * 4 + j) * 4 + 2 * half;
+          w[j] = pack2<T>(pair[0] * scale, pair[1] * scale);
+        }
+        quad_transpose(w);
+        chunks[i] = make_uint4(w[0], w[1], w[2], w[3]);
       }
-      quad_transpose(w);
-      if (valid)
-        store_chunk<T>(p, job, token, head, chunk * 32 + quad_lane * 8,
-                       make_uint4(w[0], w[1], w[2], w[3]));
+      if (valid) store_chunks<T>(p, job, token, head, first * 32 + quad_lane * 8, 32, chunks);
     }
   }
 }

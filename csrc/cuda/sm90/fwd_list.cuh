@@ -30,6 +30,12 @@ class BlockList {
     const int shift = tiles_shift(p);
     return (block(tile >> shift) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
   }
+  /// Tokens of a consumer's 64 rows, as bits of tokens().
+  __device__ __forceinline__ static uint32_t consumer_tokens(const FwdParams& p, int consumer) {
+    const int tokens = 64 >> p.log2_group, first = consumer * tokens;
+    if (first >= 32) return 0;
+    return (tokens < 32 ? (1u << tokens) - 1 : ~0u) << first;
+  }
   /// Bit k: token k of the tile chose it.
   __device__ __forceinline__ uint32_t tokens(int i) const { return entries_[i].y; }
 

@@ -69,25 +69,20 @@ class Ranker {
         if (lane_ < kHalo) halo(at_.slot, token)[lane_] = 0.0f;
       }
       __syncwarp();
-      for (int tile = 0; tile < tiles; ++tile) {
-        Block::wait_full(block_.barriers.columns_full, at_);
-        if (short_blocks()) {
+      // Blocks may begin past the last compressed token: all but the halo is zero there.
+      const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
+      for (int tile = 0; tile < tiles || tile << blocks_shift() <= last_block; ++tile) {
+        if (tile < tiles) Block::wait_full(block_.barriers.columns_full, at_);
+        if (tile < tiles && short_blocks()) {
           rank_short(job, tile);
         } else {
-          rank_any(job, tile);
+          rank_any(job, tile, tiles);
         }
+        if (tile >= tiles) continue;
         Block::arrive(block_.barriers.columns_empty, at_);
         at_.advance(block_.args.column_slots);
       }
-      const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
       for (int token = warp_; token < job.tokens; token += kRankingWarps) {
-        // Blocks that begin past the last compressed token: all but the halo is zero there.
-        for (int tile = tiles; tile << blocks_shift() <= last_block; ++tile) {
-          const float* before = columns_.at(at_.slot, token * shares());
-          offer_tile(job, token, tile, [&](int column) {
-            return tile == tiles && column < 0 ? before[column] : 0.0f;
-          });
-        }
         const TopList best = list(job, token);
         best.merge(lane_);
         write_indices(p_, job, token, Forced(p_, job.position(token)), best, lane_);
@@ -141,29 +136,32 @@ class Ranker {
         if (lane_ == 31) columns_.at(next_slot(), token * shares())[-1] = v.w;
         score[i] = (reach - 1.0f) * before + reach * (v.x + v.y + v.z) + v.w;
       }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int token = first + i * kRankingWarps;
-        if (token >= job.tokens) continue;
+#pragma unroll 1  // one copy of the merge: with more the block's code exceeds the cache
+      for (int token = first; token < min(job.tokens, first + kBatch * kRankingWarps);
+           token += kRankingWarps) {
         const Forced forced(p_, job.position(token));
         const int block = tile * 32 + lane_;
-        offer(columns_.list(token, forced), score[i], block, forced.leaves_open(block));
+        offer(columns_.list(token, forced), score[0], block, forced.leaves_open(block));
+#pragma unroll
+        for (int i = 0; i + 1 < kBatch; ++i) score[i] = score[i + 1];
       }
     }
   }
 
-  /// Any lengths.
-  __device__ __forceinline__ void rank_any(const Job& job, int tile) const {
+  /// Any lengths; also tiles past the `tiles` that have columns.
+  __device__ __forceinline__ void rank_any(const Job& job, int tile, int tiles) const {
     for (int token = warp_; token < job.tokens; token += kRankingWarps) {
       const float* columns = columns_.at(at_.slot, token * shares());
       const auto sum = [&](int column) {
+        if (tile > tiles || (tile == tiles && column >= 0)) return 0.0f;
         float value = columns[column];
         for (int share = 1; column >= 0 && share < shares(); ++share)
           value += columns[share * Columns<Shape>::kPitch + column];
         return value;
       };
       offer_tile(job, token, tile, sum);
-      if (lane_ < kHalo) halo(next_slot(), token)[lane_] = sum(Shape::kTileKeys - kHalo + lane_);
+      if (tile < tiles && lane_ < kHalo)
+        halo(next_slot(), token)[lane_] = sum(Shape::kTileKeys - kHalo + lane_);
     }
   }
 
