@@ -46,6 +46,12 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_
 /// free until here.
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_ss_first(float (&d)[kN / 2], uint64_t a, uint64_t b);
+/// The same two with A in registers (the fragment of mma.m16n8k16).
+template <class T, int kN>
+__device__ __forceinline__ void wgmma_rs_k_major(float (&d)[kN / 2], const uint32_t* a, uint64_t b);
+template <class T, int kN>
+__device__ __forceinline__ void wgmma_rs_k_major_first(float (&d)[kN / 2], const uint32_t* a,
+                                                       uint64_t b);
 /// d += A B for one k16 step; A in registers (the fragment of mma.m16n8k16), B MN-major.
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b);
@@ -105,6 +111,24 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
         "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                                   \
         : NSA_OUT##R(d)                                                                          \
         : "l"(a), "l"(b));                                                                       \
+  }                                                                                              \
+  template <>                                                                                    \
+  __device__ __forceinline__ void wgmma_rs_k_major<T, N>(float (&d)[R], const uint32_t* a,       \
+                                                         uint64_t b) {                           \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N   \
+                 "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" BR ", 1, 1, 1, 0;"                 \
+                 : NSA_ACC##R(d)                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
+  }                                                                                              \
+  template <>                                                                                    \
+  __device__ __forceinline__ void wgmma_rs_k_major_first<T, N>(float (&d)[R], const uint32_t* a, \
+                                                               uint64_t b) {                     \
+    asm volatile(                                                                                \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                               \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N            \
+        "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" BR ", p, 1, 1, 0;\n}"                       \
+        : NSA_OUT##R(d)                                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
   }                                                                                              \
   template <>                                                                                    \
   __device__ __forceinline__ void wgmma_rs<T, N>(float (&d)[R], const uint32_t* a, uint64_t b) { \

@@ -1,16 +1,18 @@
-// Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
-// selected block) and walks the query rows that see them, in tiles of 64.
+// Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a
+// range) or 64 (of a selected block) and walks the query rows that see them, in
+// tiles of 64.
 //
 //   S^T = K Q^T          P^T = gate * exp2(scale S^T - lse)      dV += P^T dO
-//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale dS^T Q
+//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale
+//   dS^T Q
 //
-// Keys are the rows of every product, so P^T and dS^T leave one product where the next one wants
-// its A operand: in registers. With ranges each of the two consumer warpgroups owns 64 keys and
-// both read every tile; with lists both own the same keys, take every other tile, and add up at the
-// end.
+// Keys are the rows of every product, so P^T and dS^T leave one product where
+// the next one wants its A operand: in registers. With ranges each of the two
+// consumer warpgroups owns 64 keys and both read every tile; with lists both
+// own the same keys, take every other tile, and add up at the end.
 //
-// Barriers: `full` of a slot takes the two producer warps and the bytes of Q and dO; `empty` a warp
-// each of the warpgroups that read the slot.
+// Barriers: `full` of a slot takes the three producer warps and the bytes of Q
+// and dO; `empty` a warp each of the warpgroups that read the slot.
 #pragma once
 
 #include "cuda/sm90/bwd_rows.cuh"
@@ -18,13 +20,14 @@
 namespace nsa::cuda::bwd::sm90 {
 
 template <class T_, int kDimQk_, int kDimV_, bool kList_>
-struct DkvShape {
+struct DkvShape : Registers<240> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kList = kList_;
   static constexpr int kTaskKeys = kList ? kListTaskKeys : kRangeTaskKeys;
   static constexpr int kKeyTiles = kTaskKeys / kRows;
-  // Query rows of a product: with Dk = 192 the accumulators leave no room for 64.
+  // Query rows of a product: with Dk = 192 the accumulators leave no room
+  // for 64.
   static constexpr int kColumns = kDimQk > 128 ? 32 : 64;
   static constexpr int kSteps = kRows / kColumns;  // products that a tile takes
   static constexpr int kQBytes = kTileBytes<kDimQk>, kDoutBytes = kTileBytes<kDimV>;
@@ -64,7 +67,7 @@ class DkvKernel {
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(smem_addr(&smem_.full[i]), 2);
+        mbarrier_init(smem_addr(&smem_.full[i]), 3);
         mbarrier_init(smem_addr(&smem_.empty[i]), Shape::kList ? 4 : 8);
       }
       mbarrier_init(smem_addr(&smem_.keys_full), 1);
@@ -72,9 +75,9 @@ class DkvKernel {
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-      lower_registers<kProducerRegisters>();
+      lower_registers<Shape::kProducerRegisters>();
       const int warp = threadIdx.x / 32;
-      if (warp > 1) return;
+      if (warp > 2) return;
       const Sequence sequence = load_sequence(p_.shape, task_.batch);
       const RowWalk walk(launch_, task_);
       if (warp == 0) {
@@ -82,10 +85,10 @@ class DkvKernel {
         __syncwarp();
         load_rows<Shape>(launch_, walk, sequence, smem_);
       } else {
-        describe_rows<Shape>(launch_, walk, sequence, smem_);
+        describe_rows<Shape>(launch_, walk, sequence, warp - 1, smem_);
       }
     } else {
-      raise_registers<kConsumerRegisters>();
+      raise_registers<Shape::kConsumerRegisters>();
       consume(threadIdx.x / 128 - 1);
     }
   }
@@ -106,14 +109,15 @@ class DkvKernel {
     }
   }
 
-  // ---- Consumers --------------------------------------------------------------------------------
+  // ---- Consumers
+  // --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void wait_full(const Position& at) {
     mbarrier_wait(smem_addr(&smem_.full[at.slot]), at.parity);
   }
 
-  /// Releases `count` tiles unread. An arrival before the tile is there would count for the tile
-  /// before it.
+  /// Releases `count` tiles unread. An arrival before the tile is there would
+  /// count for the tile before it.
   __device__ __forceinline__ void pass_over(int count, Position& at) {
     for (int i = 0; i < count; ++i) {
       wait_full(at);
@@ -169,7 +173,8 @@ class DkvKernel {
       store<kDimV>(dv, 1.0f, sequence, first_key, branch.dv, Shape::kTaskKeys * kDimQk);
   }
 
-  /// Queries, counted from the task's first, that see some of a warpgroup's keys.
+  /// Queries, counted from the task's first, that see some of a warpgroup's
+  /// keys.
   __device__ __forceinline__ QueryRange queries_of(int consumer) const {
     const int first = consumer * kRows, keys = min(kRows, task_.keys - first);
     if (keys <= 0) return {0, 0};
@@ -181,14 +186,21 @@ class DkvKernel {
     return {begin, end - begin};
   }
 
-  /// While the exponentials of a step are taken, dP^T of the step is under way, and while dS^T is
-  /// made, dV. Nothing is in flight from one step to the next: the two warpgroups fill each other's
-  /// gaps.
+  /// dK of a step waits for the next one, so that the tensor cores have that
+  /// product, S^T and dP^T to work on before the exponentials, and dV while
+  /// dS^T is made. Accumulators that are read are never in flight from one step
+  /// to the next: the compiler would wait for every product.
   __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
                                              float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
     const int key_tile = Shape::kList ? 0 : consumer;
     const uint32_t k_tile = smem_addr(smem_.k[key_tile]), v_tile = smem_addr(smem_.v[key_tile]);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
+    // Before the first step: zeros, times rows that are there.
+    uint32_t ds_packed[kScores / 2];
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) ds_packed[i] = 0;
+    uint32_t previous_q = smem_addr(smem_.ring[at.slot]);
+    int previous_slot = -1;
     for (int i = 0; i < count; ++i) {
       wait_full(at);
       const RowTileInfo& info = smem_.info[at.slot];
@@ -199,14 +211,17 @@ class DkvKernel {
         const int column = step * kColumns + threadIdx.x % 4 * 2;
         float s[kScores], dp[kScores];
         wgmma_fence();
+        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, previous_q);
         issue_scores<T, kColumns, kDimQk>(s, k_tile, q);
         wgmma_commit();
         issue_scores<T, kColumns, kDimV>(dp, v_tile, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        if (info.masked[key_tile]) mask(s, info, key_tile, column);
-        uint32_t p_packed[kScores / 2], ds_packed[kScores / 2];
+        pin(dk);
+        if (step == 0 && previous_slot >= 0) arrive_warp(smem_.empty[previous_slot]);
+        if (info.masked[0][key_tile] | info.masked[1][key_tile]) mask(s, info, key_tile, column);
+        uint32_t p_packed[kScores / 2];
         make_p(s, p_packed, info, column, scale_log2);
         wgmma_fence();
         issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
@@ -214,17 +229,20 @@ class DkvKernel {
         wgmma_wait<1>();
         pin(dp);
         make_ds(p_packed, dp, ds_packed, info, column);
-        wgmma_fence();
-        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, q);
-        wgmma_commit();
         wgmma_wait<0>();
         pin(dv);
-        pin(dk);
+        previous_q = q;
       }
-      arrive_warp(smem_.empty[at.slot]);
+      previous_slot = at.slot;
       at.advance();
       if (Shape::kList) at.advance();
     }
+    wgmma_fence();
+    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, previous_q);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(dk);
+    arrive_warp(smem_.empty[previous_slot]);
   }
 
   /// P^T of a step, as the A operand of its product with dO.
@@ -301,8 +319,8 @@ class DkvKernel {
     }
   }
 
-  /// The accumulators of a warpgroup's keys, times `factor`: to the task's partial result, at
-  /// `offset` of its slot, or as T to `view`.
+  /// The accumulators of a warpgroup's keys, times `factor`: to the task's
+  /// partial result, at `offset` of its slot, or as T to `view`.
   template <int kDim>
   __device__ __forceinline__ void store(const float (&acc)[kDim / 2], float factor,
                                         const Sequence& sequence, int first_key,
@@ -336,9 +354,10 @@ class DkvKernel {
   Smem& smem_;
 };
 
-/// Which task a block takes; -1: none. Blocks of a range go head by head and piece by piece, the
-/// last queries first, so that blocks that run together walk the same rows: Q and dO of a head,
-/// 512 MB at 65536 tokens, then come from L2 rather than once for every 128 keys from memory.
+/// Which task a block takes; -1: none. Blocks of a range go head by head and
+/// piece by piece, the last queries first, so that blocks that run together
+/// walk the same rows: Q and dO of a head, 512 MB at 65536 tokens, then come
+/// from L2 rather than once for every 128 keys from memory.
 template <bool kList>
 __device__ __forceinline__ int task_of_block(const KeyPlan& plan) {
   const int block = blockIdx.x;
@@ -352,7 +371,8 @@ __device__ __forceinline__ int task_of_block(const KeyPlan& plan) {
 template <class Shape>
 __global__ void __launch_bounds__(kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is
+                                  // never launched
   extern __shared__ __align__(1024) char smem[];
   const int task = task_of_block<Shape::kList>(launch.args.plan);
   if (task >= 0) DkvKernel<Shape>(launch, launch.args.plan.tasks[task], smem).run();

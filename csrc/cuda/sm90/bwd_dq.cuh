@@ -39,7 +39,7 @@ struct alignas(16) KeyTileInfo {
 };
 
 template <class T_, int kDimQk_, int kDimV_>
-struct DqShape {
+struct DqShape : Registers<224> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kConsumers = kQueryTileRows / kRows;
@@ -97,13 +97,13 @@ class DqKernel {
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-      lower_registers<kProducerRegisters>();
+      lower_registers<Shape::kProducerRegisters>();
       if (threadIdx.x < 32)
         load_keys();
       else if (threadIdx.x == 32)
         load_rows();
     } else {
-      raise_registers<kConsumerRegisters>();
+      raise_registers<Shape::kConsumerRegisters>();
       consume(threadIdx.x / 128 - 1);
     }
   }
@@ -251,6 +251,7 @@ class DqKernel {
       pin(dq);
       mbarrier_wait(smem_addr(&smem_.rows_full), parity);
       parity ^= 1;
+      const Operands operands = load_operands(consumer);
 #pragma unroll 1
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!p_.branch[branch].enabled) continue;
@@ -262,9 +263,10 @@ class DqKernel {
         for (int i = 0; i < tiles; ++i) {
           wait_full(at);
           const KeyTileInfo info = smem_.info[at.slot];
-          // The tokens of this warpgroup that look at these keys.
-          const bool wanted = listed ? chosen(info, first_token, tokens) : !idle;
-          if (wanted) {
+          const Takers takers = listed ? takers_of(info, consumer)
+                                : idle ? Takers::kNone
+                                       : Takers::kAll;
+          if (takers != Takers::kNone) {
             KeyRange seen[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -273,7 +275,11 @@ class DqKernel {
               seen[half] = {rows.keys[half].begin - info.key,
                             looks ? min(rows.keys[half].end, info.end) - info.key : 0};
             }
-            add_tile(consumer, smem_addr(smem_.ring[at.slot]), rows, seen, dq);
+            const uint32_t k_tile = smem_addr(smem_.ring[at.slot]);
+            if (takers == Takers::kAll)
+              add_tile(k_tile, rows, seen, operands, dq);
+            else if (takers == Takers::kThisWarp)
+              add_tile_alone(k_tile, rows, seen, operands, dq);
           }
           release(at);
         }
@@ -288,11 +294,20 @@ class DqKernel {
     return row & ((1 << launch_.log2_group) - 1);
   }
 
-  /// Whether some of the tokens [first, first + count) of the query tile chose the block.
-  static __device__ __forceinline__ bool chosen(const KeyTileInfo& info, int first, int count) {
-    if (count > 32) return first == 0 && (info.tokens[0] | info.tokens[1]) != 0;
-    const uint32_t all = count < 32 ? (1u << count) - 1 : ~0u;
-    return first < kMaxTileTokens && (info.bits_from(first) & all) != 0;
+  /// Who of a warpgroup works on a selected block. A block that matters to one warp's rows alone is
+  /// left to that warp: wgmma would take all 64 rows through it, and on random selections with
+  /// G = 16 that is how most blocks are.
+  enum class Takers { kNone, kThisWarp, kOtherWarp, kAll };
+  __device__ __forceinline__ Takers takers_of(const KeyTileInfo& info, int consumer) const {
+    const int tokens = kRows >> launch_.log2_group, first = consumer * tokens;
+    if (tokens > 32)  // G = 1
+      return first == 0 && (info.tokens[0] | info.tokens[1]) != 0 ? Takers::kAll : Takers::kNone;
+    const uint32_t bits = info.bits_from(first) & (~0u >> (32 - tokens));
+    if (bits == 0) return Takers::kNone;
+    if (tokens < 4) return Takers::kAll;  // a token has rows in more than one warp
+    const int per_warp = tokens / 4, warp = (__ffs(bits) - 1) / per_warp;
+    if (bits >> (warp * per_warp) >> per_warp != 0) return Takers::kAll;
+    return warp == threadIdx.x % 128 / 32 ? Takers::kThisWarp : Takers::kOtherWarp;
   }
 
   __device__ __forceinline__ void load_branch(const Job& job, int branch, int first_row,
@@ -318,17 +333,49 @@ class DqKernel {
     }
   }
 
-  /// dq += dS K of one tile; row i of the pair sees `seen[i]` only, relative to the tile.
-  __device__ __forceinline__ void add_tile(int consumer, uint32_t k_tile, const RowPair& rows,
-                                           const KeyRange (&seen)[2], float (&dq)[kDimQk / 2]) {
-    float s[kScores], dp[kScores];
-    wgmma_fence();
-    issue_scores<T, kRows, kDimQk>(s, smem_addr(smem_.q[consumer]), k_tile);
-    wgmma_commit();
-    issue_scores<T, kRows, kDimV>(dp, smem_addr(smem_.dout[consumer]), k_tile + Shape::kKBytes);
-    wgmma_commit();
-    wgmma_wait<1>();
-    pin(s);
+  /// Rows of Q as the A operand: in registers where there is room beside the accumulators, which
+  /// takes a fifth of the load off shared memory.
+  struct Operands {
+    static constexpr bool kQInRegisters = kDimQk <= 128;
+    uint32_t q[kQInRegisters ? kDimQk / 4 : 1];
+    uint32_t q_tile, dout_tile;  // of the warpgroup
+  };
+  __device__ __forceinline__ Operands load_operands(int consumer) const {
+    Operands operands;
+    operands.q_tile = smem_addr(smem_.q[consumer]);
+    operands.dout_tile = smem_addr(smem_.dout[consumer]);
+    if constexpr (Operands::kQInRegisters) {
+#pragma unroll
+      for (int k = 0; k < kDimQk / 16; ++k) {
+        uint32_t a[4];
+        ldmatrix_x4(a, rows_patch(operands.q_tile, warp_row(), k));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) operands.q[4 * k + i] = a[i];
+      }
+    }
+    return operands;
+  }
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x % 128 / 32 * 16; }
+
+  // This lane's row address for an ldmatrix.x4 of the 16 x 16 patch at row `row` and 16-column
+  // `column` of a tile: 8 x 8 matrices in the order down, then right, or right, then down.
+  static __device__ __forceinline__ uint32_t rows_patch(uint32_t tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    return patch(tile, row + lane % 16, column, lane / 16);
+  }
+  static __device__ __forceinline__ uint32_t columns_patch(uint32_t tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    return patch(tile, row + lane % 8 + lane / 16 * 8, column, lane / 8 % 2);
+  }
+  static __device__ __forceinline__ uint32_t patch(uint32_t tile, int row, int column, int chunk) {
+    return tile + column / 4 * kPanelBytes + row * 128 +
+           (((column % 4 * 2 + chunk) ^ (row % 8)) << 4);
+  }
+
+  /// P of a tile from its scores, in place. Row i of the pair sees `seen[i]` only, relative to the
+  /// tile.
+  __device__ __forceinline__ void make_p(float (&s)[kScores], const RowPair& rows,
+                                         const KeyRange (&seen)[2]) const {
     const bool whole =
         seen[0].begin <= 0 && seen[0].end >= kRows && seen[1].begin <= 0 && seen[1].end >= kRows;
     if (!__all_sync(kFullWarp, whole)) {
@@ -343,19 +390,99 @@ class DqKernel {
 #pragma unroll
     for (int i = 0; i < kScores; ++i)
       s[i] = exp2_approx(fmaf(s[i], scale_log2, -rows.lse_log2[i / 2 % 2])) * rows.gate[i / 2 % 2];
-    wgmma_wait<0>();
-    pin(dp);
-    uint32_t ds[kScores / 2];
+  }
+  static __device__ __forceinline__ void make_ds(const float (&s)[kScores],
+                                                 const float (&dp)[kScores], const RowPair& rows,
+                                                 uint32_t (&ds)[kScores / 2]) {
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) {
       const float delta = rows.delta[i % 2];
       ds[i] = pack2<T>(s[2 * i] * (dp[2 * i] - delta), s[2 * i + 1] * (dp[2 * i + 1] - delta));
     }
+  }
+
+  /// dq += dS K of one tile, by the warpgroup.
+  __device__ __forceinline__ void add_tile(uint32_t k_tile, const RowPair& rows,
+                                           const KeyRange (&seen)[2], const Operands& operands,
+                                           float (&dq)[kDimQk / 2]) const {
+    float s[kScores], dp[kScores];
+    uint32_t ds[kScores / 2];
+    wgmma_fence();
+    if constexpr (Operands::kQInRegisters)
+      issue_scores<T, kRows, kDimQk>(s, operands.q, k_tile);
+    else
+      issue_scores<T, kRows, kDimQk>(s, operands.q_tile, k_tile);
+    wgmma_commit();
+    issue_scores<T, kRows, kDimV>(dp, operands.dout_tile, k_tile + Shape::kKBytes);
+    wgmma_commit();
+    wgmma_wait<1>();
+    pin(s);
+    make_p(s, rows, seen);
+    wgmma_wait<0>();
+    pin(dp);
+    make_ds(s, dp, rows, ds);
     wgmma_fence();
     issue_update<T, kDimQk, kRows / 16>(dq, ds, k_tile);
     wgmma_commit();
     wgmma_wait<0>();
     pin(dq);
+  }
+
+  /// The same by one warp for its 16 rows, whose fragments are those of the warpgroup's products.
+  __device__ __forceinline__ void add_tile_alone(uint32_t k_tile, const RowPair& rows,
+                                                 const KeyRange (&seen)[2],
+                                                 const Operands& operands,
+                                                 float (&dq)[kDimQk / 2]) const {
+    float s[kScores], dp[kScores];
+    uint32_t ds[kScores / 2];
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] = dp[i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kDimQk / 16; ++k) {
+      uint32_t a[4];
+      if constexpr (Operands::kQInRegisters) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = operands.q[4 * k + i];
+      } else {
+        ldmatrix_x4(a, rows_patch(operands.q_tile, warp_row(), k));
+      }
+      multiply_keys(s, a, k_tile, k);
+    }
+    make_p(s, rows, seen);
+#pragma unroll
+    for (int k = 0; k < kDimV / 16; ++k) {
+      uint32_t a[4];
+      ldmatrix_x4(a, rows_patch(operands.dout_tile, warp_row(), k));
+      multiply_keys(dp, a, k_tile + Shape::kKBytes, k);
+    }
+    make_ds(s, dp, rows, ds);
+#pragma unroll
+    for (int k = 0; k < kRows / 16; ++k)
+#pragma unroll
+      for (int d = 0; d < kDimQk / 16; ++d) {
+        const uint32_t a[4] = {ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]};
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, rows_patch(k_tile, k * 16, d));
+        mma_16816<T>(fragment(dq, 2 * d), a, b[0], b[1]);
+        mma_16816<T>(fragment(dq, 2 * d + 1), a, b[2], b[3]);
+      }
+  }
+
+  /// x += a B^T for 16 columns: a rows of Q or dO, B the 64 rows of a tile.
+  static __device__ __forceinline__ void multiply_keys(float (&x)[kScores], const uint32_t (&a)[4],
+                                                       uint32_t tile, int column) {
+#pragma unroll
+    for (int n = 0; n < kRows / 16; ++n) {
+      uint32_t b[4];
+      ldmatrix_x4(b, columns_patch(tile, n * 16, column));
+      mma_16816<T>(fragment(x, 2 * n), a, b[0], b[1]);
+      mma_16816<T>(fragment(x, 2 * n + 1), a, b[2], b[3]);
+    }
+  }
+  /// The accumulators of 8 columns.
+  template <int kCount>
+  static __device__ __forceinline__ float (&fragment(float (&x)[kCount], int n))[4] {
+    return reinterpret_cast<float (&)[4]>(x[4 * n]);
   }
 
   /// Rows of 16 bytes a lane: the four lanes of a quad exchange their columns first.

@@ -1,5 +1,5 @@
 // The query rows that a key-stationary task walks, in tiles of 64: one warp of the producer loads Q
-// and dO, another writes what the score derivative needs of each row.
+// and dO, two others write what the score derivative needs of each row.
 #pragma once
 
 #include "cuda/sm90/bwd_tiles.cuh"
@@ -10,7 +10,8 @@ namespace nsa::cuda::bwd::sm90 {
 struct RowTileInfo {
   float lse_log2[kRows], delta[kRows], gate[kRows];
   int key_begin[kRows], key_end[kRows];
-  int masked[2];  // whether some row does not see all of the 64 keys of a warpgroup
+  // Whether some row of the first and second half does not see all of the 64 keys of a warpgroup.
+  int masked[2][2];
 };
 
 struct DkvLaunch {
@@ -88,70 +89,58 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
   }
 }
 
-/// One warp, two rows a lane: statistics and key ranges, those of the next tile asked for before
-/// this one's slot is waited for.
+/// Two warps, a row a lane, half of the tile each: statistics and key ranges, those of the next
+/// tile asked for before this one's slot is waited for.
 template <class Shape, class Smem>
 __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
-                              const Sequence& sequence, Smem& smem) {
+                              const Sequence& sequence, int half, Smem& smem) {
   const AttnBwd& p = launch.args.common.p;
-  const int lane = threadIdx.x % 32, group = launch.args.common.group;
+  const int row = half * 32 + threadIdx.x % 32, group = launch.args.common.group;
+  const int slot = row >> launch.log2_group, head = row & ((1 << launch.log2_group) - 1);
+  const auto branch_of = [&](int tile) {
+    return Shape::kList && tile < walk.list_tiles ? int{kSelected} : launch.args.plan.range_branch;
+  };
   struct Row {
     int token;
     float lse_log2, delta, gate;
   };
-  const auto branch_of = [&](int tile) {
-    return Shape::kList && tile < walk.list_tiles ? int{kSelected} : launch.args.plan.range_branch;
-  };
-  const auto fetch = [&](int tile, Row(&rows)[2]) {
-    const RowStats* stats =
-        launch.args.common.stats +
-        ((branch_of(tile) * p.shape.heads_kv + walk.task.head) * p.shape.total_q + sequence.q_row) *
-            group;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = lane + 32 * i, head = row & ((1 << launch.log2_group) - 1);
-      // A row that is not there has gate 0 and exponentials 0: it adds nothing.
-      rows[i] = {-1, INFINITY, 0.0f, 0.0f};
-      if (head >= group) continue;
-      rows[i].token = walk.token(tile, row >> launch.log2_group);
-      if (rows[i].token < 0) continue;
-      const float4 x = __ldg(reinterpret_cast<const float4*>(
-          stats + static_cast<int64_t>(rows[i].token) * group + head));
-      rows[i].lse_log2 = x.x;
-      rows[i].delta = x.y;
-      rows[i].gate = x.z;
-    }
+  const auto fetch = [&](int tile) {
+    // A row that is not there has gate 0 and exponentials 0: it adds nothing.
+    Row result{-1, INFINITY, 0.0f, 0.0f};
+    if (head < group) result.token = walk.token(tile, slot);
+    if (result.token < 0) return result;
+    const int64_t token = (branch_of(tile) * p.shape.heads_kv + walk.task.head) * p.shape.total_q +
+                          sequence.q_row + result.token;
+    const float4 x =
+        __ldg(reinterpret_cast<const float4*>(launch.args.common.stats + token * group + head));
+    result.lse_log2 = x.x;
+    result.delta = x.y;
+    result.gate = x.z;
+    return result;
   };
   RingPosition<Shape::kStages> at;
-  Row next[2];
-  if (walk.tiles > 0) fetch(0, next);
+  Row next{};
+  if (walk.tiles > 0) next = fetch(0);
   for (int tile = 0; tile < walk.tiles; ++tile) {
-    const Row rows[2] = {next[0], next[1]};
-    if (tile + 1 < walk.tiles) fetch(tile + 1, next);
+    const Row now = next;
+    if (tile + 1 < walk.tiles) next = fetch(tile + 1);
+    KeyRange keys{0, Shape::kTaskKeys};
+    if (now.token >= 0) {
+      keys = visible_keys(branch_of(tile), sequence.position(now.token), p.config);
+      keys = {keys.begin - walk.task.key, keys.end - walk.task.key};
+    }
     mbarrier_wait(smem_addr(&smem.empty[at.slot]), at.parity ^ 1);
     RowTileInfo& info = smem.info[at.slot];
-    bool masked[2] = {false, false};
+    info.lse_log2[row] = now.lse_log2;
+    info.delta[row] = now.delta;
+    info.gate[row] = now.gate;
+    info.key_begin[row] = keys.begin;
+    info.key_end[row] = keys.end;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = lane + 32 * i;
-      info.lse_log2[row] = rows[i].lse_log2;
-      info.delta[row] = rows[i].delta;
-      info.gate[row] = rows[i].gate;
-      KeyRange keys{0, Shape::kTaskKeys};
-      if (rows[i].token >= 0) {
-        keys = visible_keys(branch_of(tile), sequence.position(rows[i].token), p.config);
-        keys = {keys.begin - walk.task.key, keys.end - walk.task.key};
-      }
-      info.key_begin[row] = keys.begin;
-      info.key_end[row] = keys.end;
-#pragma unroll
-      for (int w = 0; w < Shape::kTaskKeys / kRows; ++w)
-        masked[w] |= keys.begin > w * kRows || keys.end < min((w + 1) * kRows, walk.task.keys);
-    }
-    const bool first = __any_sync(kFullWarp, masked[0]), second = __any_sync(kFullWarp, masked[1]);
-    if (lane == 0) {
-      info.masked[0] = first;
-      info.masked[1] = second;
+    for (int w = 0; w < Shape::kTaskKeys / kRows; ++w) {
+      const bool masked = __any_sync(
+          kFullWarp, keys.begin > w * kRows || keys.end < min((w + 1) * kRows, walk.task.keys));
+      if (threadIdx.x % 32 == 0) info.masked[half][w] = masked;
     }
     arrive_warp(smem.full[at.slot]);
     at.advance();

@@ -18,10 +18,14 @@ inline constexpr uint32_t kFullWarp = 0xffffffffu;
 inline constexpr int kRows = 64;                 // rows or keys of a tile
 inline constexpr int kPanelBytes = kRows * 128;  // 64 columns of it
 
-// Three warpgroups of 168 registers at launch; setmaxnreg hands out the same sum.
+// Two consumer warpgroups and a producer, 168 registers a thread at launch; setmaxnreg hands out
+// the same sum.
 inline constexpr int kThreads = 384;
-inline constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
+template <int kConsumer>
+struct Registers {
+  static constexpr int kConsumerRegisters = kConsumer;
+  static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumer;
+};
 
 template <int kDim>
 inline constexpr int kTileBytes = kRows * kDim * 2;
@@ -59,6 +63,21 @@ __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uin
       wgmma_ss_first<T, kN>(x, a_desc, b_desc);
     else
       wgmma_ss<T, kN>(x, a_desc + step, b_desc + step, true);
+  }
+}
+
+/// The same with A from registers.
+template <class T, int kN, int kDim>
+__device__ __forceinline__ void issue_scores(float (&x)[kN / 2], const uint32_t (&a)[kDim / 4],
+                                             uint32_t b) {
+  const uint64_t desc = desc_k_major(uniform(b));
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
+    if (k == 0)
+      wgmma_rs_k_major_first<T, kN>(x, a, desc);
+    else
+      wgmma_rs_k_major<T, kN>(x, a + 4 * k, desc + step);
   }
 }
 
