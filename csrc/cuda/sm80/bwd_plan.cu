@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
       const int key = key_of(part), keys = keys_of(part);
       SplitTile& tile = plan.tiles[id * plan.parts + part];
       if (keys <= 0) {
-        tile.slots = tile.tasks = 0;
+        tile = SplitTile{};
         continue;
       }
       const QueryRange range = range_queries(sequence, plan.range_branch, key, keys, p.config);
