@@ -1,8 +1,8 @@
 """Loads the compiled library and gives its operators fake kernels and derivatives.
 
 The operators are ``torch.ops.nsa_ext.*``; their schemas and CPU and CUDA kernels are registered in
-C++ (csrc/torch). They return freshly allocated contiguous tensors, but for cache_append, which
-changes its arguments; an optional result that does not exist has shape (0,).
+C++ (csrc/torch). They return freshly allocated contiguous tensors, but for cache_append and
+cache_store_*, which change their arguments; an optional result that does not exist has shape (0,).
 """
 
 from __future__ import annotations
@@ -165,23 +165,7 @@ def _(k, v, tail_k, tail_v, state, counts, block_table, num_pages, config):
     )
 
 
-@_fake("cache_compress_mlp")
-def _(k, v, tail_k, tail_v, state, counts, block_table, num_pages, config,
-      k_pos, k_w1, k_b1, k_w2, k_b2, v_pos, v_w1, v_b1, v_w2, v_b2):  # fmt: skip
-    batch, _, num_heads, _ = k.shape
-    dims = [w1.shape[1] if w2 is None else w2.shape[1] for w1, w2 in ((k_w1, k_w2), (v_w1, v_w2))]
-    tokens = (k.new_empty(batch, 1, num_heads, dim) for dim in dims)
-    return (*tokens, state.new_empty(batch, 3))
-
-
-@_fake("cache_compress_pool")
-def _(k, v, tail_k, tail_v, state, *rest):
-    batch, _, num_heads, _ = k.shape
-    tokens = (k.new_empty(batch, 1, num_heads, x.shape[-1]) for x in (k, v))
-    return (*tokens, state.new_empty(batch, 3))
-
-
-@_fake("cache_append")
+@_fake("cache_append", "cache_store_mlp", "cache_store_pool")
 def _(*args):
     return None
 

@@ -306,25 +306,22 @@ class NSACache:
         tails = (x[self._begin : self._end] for x in (storage.tail_k, storage.tail_v))
         tail_k, tail_v = tails
         pools = [self.pages(name) for name in ("k", "v", "k_win", "v_win", "k_cmp", "v_cmp")]
-        arguments = (
-            raw_k, raw_v, tail_k, tail_v, self._state, device_counts, table, pools[0].shape[0],
-            config,
-        )  # fmt: skip
-        new_k, new_v, steps = self._compress_new(compress, arguments)
-        torch.ops.nsa_ext.cache_append(
-            self._state, *pools, tail_k, tail_v, steps, k, v, k_win, v_win, raw_k, raw_v,
-            new_k, new_v, table,
-            self.rope_inv_freq, config,
-        )  # fmt: skip
+        target = (self._state, *pools, tail_k, tail_v)
+        fresh, rest = (k, v, k_win, v_win, raw_k, raw_v), (table, self.rope_inv_freq, config)
+        store_step = getattr(compress, "store_step", None)
+        if not (store_step and store_step(raw_k, raw_v, (*target, *fresh, device_counts, *rest))):
+            new_k, new_v, steps = self._compress_new(
+                compress, raw_k, raw_v, tail_k, tail_v, self._state, device_counts, table,
+                pools[0].shape[0], config,
+            )  # fmt: skip
+            torch.ops.nsa_ext.cache_append(*target, steps, *fresh, new_k, new_v, *rest)
         self._storage.count(self._sequences, new, exact)
 
-    def _compress_new(self, compress: Compress, arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    def _compress_new(
+        self, compress: Compress, *arguments: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compressed tokens (B, ceil(T / d), Hkv, Dk) and (.., Dv), those of blocks that the new
         tokens complete first, and the steps of cache_append."""
-        compress_new = getattr(compress, "compress_new", None)
-        result = compress_new(*arguments) if compress_new else None
-        if result is not None:
-            return result
         rows_k, rows_v, steps = torch.ops.nsa_ext.cache_gather(*arguments)
         blocks = self.config.num_compressed(rows_k.shape[1])
         shape = (self.batch_size, blocks, self.num_kv_heads)

@@ -223,26 +223,25 @@ class KVCompressor(nn.Module):
             self.phi_v(v, cu_seqlens_k, max_seqlen_k),
         )
 
-    def compress_new(
-        self, k: Tensor, v: Tensor, *cache: object
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A step of decode in one operator, ``cache_compress_mlp`` or ``cache_compress_pool``,
-        whose first arguments these are: k_cmp, v_cmp and steps. None where there is none and
-        :meth:`forward` has to do it."""
+    def store_step(self, k: Tensor, v: Tensor, arguments: tuple) -> bool:
+        """Stores a step of decode, raw tokens k and v of the compressed branch among them, in one
+        operator: ``cache_store_mlp`` or ``cache_store_pool``, whose first arguments these are.
+        False where there is none and :meth:`forward` has to compress."""
         plain = type(self).forward is KVCompressor.forward and not self._forward_hooks
         if not plain or k.device.type != "cuda" or k.shape[1] > self.config.block_stride:
-            return None
+            return False
         phis = (self.phi_k, self.phi_v)
+        if self.phi_k.w1 is not None and any(phi.w1.shape[1] % 8 for phi in phis):
+            return False
+        self._check_input(k, v, packed=False)
         weights = [phi.cast_weights(k.dtype) for phi in phis]
         if self.phi_k.w1 is None:
-            self._check_input(k, v, packed=False)
             pools = [weight for phi in weights for weight in phi[:2]]
-            return torch.ops.nsa_ext.cache_compress_pool(k, v, *cache, *pools)
-        if any(phi.w1.shape[1] % 8 for phi in phis):
-            return None
-        self._check_input(k, v, packed=False)
-        dense = [weight for phi in weights for weight in phi[1:]]
-        return torch.ops.nsa_ext.cache_compress_mlp(k, v, *cache, *dense)
+            torch.ops.nsa_ext.cache_store_pool(*arguments, *pools)
+        else:
+            dense = [weight for phi in weights for weight in phi[1:]]
+            torch.ops.nsa_ext.cache_store_mlp(*arguments, *dense)
+        return True
 
     def _check_input(self, k: Tensor, v: Tensor, packed: bool) -> None:
         check_compress_input(k, v, packed, self.head_dim, self.head_dim_v)

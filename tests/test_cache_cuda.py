@@ -97,6 +97,52 @@ def test_a_graph_is_captured_once_and_replayed_while_lengths_grow(tokens, paged)
         cache.make_room(cache.capacity)
 
 
+@layouts
+@pytest.mark.parametrize("kind", ["mean", "mlp"])
+def test_steps_that_overlap(kind, paged):
+    """Kernels of a step start before those of the last one end, in a graph and out of it: the bits
+    of steps that wait for each other. Between steps stands nothing, a copy, or another stream."""
+    sequences, cache = make(paged, kind=kind)
+    begin, steps = 300, 40
+    inputs = [sequences.rows(i, i + 1) for i in range(begin, begin + steps)]
+    buffer = inputs[0][0].clone()
+    side = torch.cuda.Stream()
+
+    def run(wait=False):
+        outs = []
+        for i, (q, gates, new) in enumerate(inputs):
+            if i % 4 == 1:
+                q = buffer.copy_(q.contiguous())
+            elif i % 4 == 2:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    gates = gates * 1
+                torch.cuda.current_stream().wait_stream(side)
+            outs.append(sparse_attn_with_kvcache(q, cache, gates, **new))
+            if wait:
+                torch.cuda.synchronize()
+        return torch.cat(outs, dim=1)
+
+    sequences.step(cache, 0, begin)
+    cache.reserve(sequences.seqlen)
+    expected = run(wait=True)
+    assert cache.sync() == [begin + steps] * 3
+    for _ in range(3):
+        cache.truncate(begin)
+        assert_same_bits(run(), expected)
+    cache.truncate(begin)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(3):
+        cache.truncate(begin)
+        cache.make_room(steps)
+        graph.replay()
+        assert_same_bits(out, expected)
+    assert cache.sync() == [begin + steps] * 3
+
+
 def test_a_paged_cache_takes_its_pages_outside_of_the_graph():
     sequences, cache = make(True, 300)
     results = [sequences.step(cache, 0, 64)]
@@ -170,7 +216,7 @@ def test_no_call_waits_for_the_device(paged):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_phi_of_a_step_is_phi(kind, per_head):
-    """cache_compress_mlp and _pool against the compressor itself, which another callable hides."""
+    """cache_store_mlp and _pool against the compressor itself, which another callable hides."""
     for config in (NSAConfig(), NSAConfig(64, 32, 64)):
         sequences = Sequences(
             BF16, 400, batch=3, kind=kind, per_head=per_head, config=config, dims=(192, 128)
@@ -182,18 +228,26 @@ def test_phi_of_a_step_is_phi(kind, per_head):
             *((i, i + 1) for i in range(200, 300)),
             (300, 313),
             (313, 329),
+            (329, 371),
         ]:
             sequences.compress = compress
             sequences.step(cache, begin, end)
             sequences.compress = functools.partial(compress)
             sequences.step(plain, begin, end)
-        assert compress.compress_new(sequences.new["k"], sequences.new["v"]) is None  # long
-        count = config.num_compressed(329)
+        assert cache.sync() == plain.sync() == [371] * 3
+        count = config.num_compressed(371)
         for name in ("k_cmp", "v_cmp"):
             for b in range(3):
                 ours = sequences.stored(cache, name, b, count).float()
                 theirs = sequences.stored(plain, name, b, count).float()
                 torch.testing.assert_close(ours, theirs, rtol=1.6e-2, atol=1e-3)
+        for name in ("k", "v"):
+            for b in range(3):
+                ours, theirs = (sequences.stored(x, name, b, 371) for x in (cache, plain))
+                assert torch.equal(ours, theirs), name
+        for name in ("tail_k", "tail_v", "state"):
+            ours, theirs = (getattr(x._storage, name) for x in (cache, plain))
+            assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("kind", ["mlp", "weighted"])

@@ -27,6 +27,18 @@ def gather_arguments(sequences, cache, begin, end, counts=None):
     )  # fmt: skip
 
 
+def target_arguments(cache):
+    """What an append changes."""
+    pools = [cache.pages(name) for name in ("k", "v", "k_win", "v_win", "k_cmp", "v_cmp")]
+    return (cache._storage.state, *pools, cache._storage.tail_k, cache._storage.tail_v)
+
+
+def fresh_arguments(sequences, begin, end):
+    new = sequences.rows(begin, end)[2]
+    raw = (new.get("k_cmp", new["k"]), new.get("v_cmp", new["v"]))
+    return (new["k"], new["v"], new.get("k_win"), new.get("v_win"), *raw)
+
+
 def make(backend, *, paged=False, separate=False, rope=False, begin=50):
     sequences = Sequences(backend, 150, separate=separate)
     options = {"num_pages": 300} if paged else {}
@@ -54,10 +66,10 @@ def test_opcheck_cache_gather(tokens, backend, paged):
 @pytest.mark.gpu
 @layouts
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck_cache_compress(kind, paged):
+def test_opcheck_cache_store(kind, paged):
     backend = CUDA_BACKENDS[0]
     with backend.active():
-        sequences, cache = make(backend, paged=paged)
+        sequences, cache = make(backend, paged=paged, separate=paged, rope=not paged)
         compress = KVCompressor(
             64, kind=kind, config=cache.config, device="cuda", dtype=cache.dtype
         )
@@ -67,8 +79,11 @@ def test_opcheck_cache_compress(kind, paged):
         phis = (compress.phi_k, compress.phi_v)
         weights = [w for phi in phis for w in phi.cast_weights(cache.dtype)[part]]
         weights = [None if w is None else w.detach() for w in weights]
-        arguments = (*gather_arguments(sequences, cache, 50, 51), *weights)
-        torch.library.opcheck(getattr(ops, f"cache_compress_{name}").default, arguments)
+        arguments = (
+            *target_arguments(cache), *fresh_arguments(sequences, 50, 51), None, cache.block_table,
+            cache.rope_inv_freq, cache.config.as_list(), *weights,
+        )  # fmt: skip
+        torch.library.opcheck(getattr(ops, f"cache_store_{name}").default, arguments)
 
 
 @layouts
@@ -77,15 +92,12 @@ def test_opcheck_cache_compress(kind, paged):
 @pytest.mark.parametrize("tokens", [1, 37])
 def test_opcheck_cache_append(tokens, separate, backend, paged):
     sequences, cache = make(backend, paged=paged, separate=separate, rope=not paged)
-    storage, new = cache._storage, sequences.rows(50, 50 + tokens)[2]
-    raw = [new.get("k_cmp", new["k"]), new.get("v_cmp", new["v"])]
-    rows = ops.cache_gather(*raw, *gather_arguments(sequences, cache, 50, 50 + tokens)[2:])
+    fresh = fresh_arguments(sequences, 50, 50 + tokens)
+    rows = ops.cache_gather(*fresh[4:], *gather_arguments(sequences, cache, 50, 50 + tokens)[2:])
     with torch.no_grad():
         compressed = sequences.compress(*rows[:2])
-    pools = [cache.pages(name) for name in ("k", "v", "k_win", "v_win", "k_cmp", "v_cmp")]
     arguments = (
-        storage.state, *pools, storage.tail_k, storage.tail_v, rows[2], new["k"], new["v"],
-        new.get("k_win"), new.get("v_win"), *raw, *compressed, cache.block_table,
+        *target_arguments(cache), rows[2], *fresh, *compressed, cache.block_table,
         cache.rope_inv_freq, cache.config.as_list(),
     )  # fmt: skip
     torch.library.opcheck(ops.cache_append.default, arguments)

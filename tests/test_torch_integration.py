@@ -158,7 +158,7 @@ def test_every_operator_is_checked():
     checked |= {name.replace("_fwd", "_bwd") for name in checked}
     checked |= {f"compress_{kind}_{way}" for kind in ("pool", "mlp") for way in ("fwd", "bwd")}
     queries = {"build_info", "supports", "set_cuda_backend", "max_decode_rows"}
-    cache = {"cache_gather", "cache_compress_mlp", "cache_compress_pool", "cache_append"}
+    cache = {"cache_gather", "cache_append", "cache_store_mlp", "cache_store_pool"}
     cache.add("decode_fwd")
     assert registered == checked | queries | cache  # those of the cache: test_cache_ops.py
 

@@ -1,4 +1,4 @@
-// cache_gather, cache_append and decode_fwd: the KV cache and attention over it.
+// cache_gather, cache_append, cache_store_* and decode_fwd: the KV cache and attention over it.
 #include "nsa/cache.h"
 
 #include "nsa/decode.h"
@@ -135,161 +135,20 @@ AttnFwd chunk_fwd(const DecodeFwd& decode) {
   return call;
 }
 
-/// What cache_gather and cache_compress_mlp read.
-CacheGather gather_params(const Tensor& k, const Tensor& v, const Tensor& tail_k,
-                          const Tensor& tail_v, const Tensor& state, const OptTensor& counts,
-                          const OptTensor& block_table, int64_t num_pages,
-                          const BlockConfig& config) {
-  CacheGather params{};
-  params.shape = cache_shape(k, v, tail_k, tail_v, block_table, num_pages, config);
-  params.seqlens = state_row(state, 0, params.shape, k);
-  params.tail_start = state_row(state, 1, params.shape, k);
-  params.counts = int32_ptr(counts, "counts", {params.shape.batch}, k);
-  params.k = view(k, false);
-  params.v = view(v, false);
-  params.tail_k = view(tail_k, false);
-  params.tail_v = view(tail_v, false);
-  return params;
-}
-
-/// Their results: rows of K and of V, and the steps.
-Tensor3 new_gathered(CacheGather& params, const Tensor& like, int64_t rows, int64_t dim_k,
-                     int64_t dim_v) {
-  const CacheShape& s = params.shape;
-  const Tensor out_k = empty(like, {s.batch, rows, s.heads, dim_k}, like.scalar_type()),
-               out_v = empty(like, {s.batch, rows, s.heads, dim_v}, like.scalar_type()),
-               steps = empty(like, {s.batch, 3}, ScalarType::Int);
-  params.out_k = view<void>(out_k, false);
-  params.out_v = view<void>(out_v, false);
-  params.steps = static_cast<CacheStep*>(steps.mutable_data_ptr());
-  return {out_k, out_v, steps};
-}
-
-#ifdef NSA_EXT_WITH_CUDA
-
-/// A weight of phi, or null where it is absent.
-const void* weight_ptr(const OptTensor& weight, const char* name, const std::vector<int64_t>& sizes,
-                       const Tensor& like) {
-  if (!weight) return nullptr;
-  check(*weight, name, sizes, like.scalar_type(), like);
-  check_contiguous(*weight, name);
-  return weight->const_data_ptr();
-}
-
-void check_step(const CacheShape& s, int64_t weight_heads) {
-  STD_TORCH_CHECK(s.tokens >= 1 && s.tokens <= s.config.block_stride,
-                  "k must have 1 to block_stride tokens, got ", s.tokens);
-  STD_TORCH_CHECK(weight_heads == 1 || weight_heads == s.heads, "phi's weights must have 1 or ",
-                  s.heads, " heads, got ", weight_heads);
-}
-
-PhiWeights phi_weights(const CacheCompressMlp& params, int64_t dim, const char* pos_name,
-                       const OptTensor& pos, const char* w1_name, const Tensor& w1,
-                       const char* b1_name, const OptTensor& b1, const char* w2_name,
-                       const OptTensor& w2, const char* b2_name, const OptTensor& b2,
-                       const Tensor& like) {
-  const int64_t heads = params.weight_heads, l = params.tokens.shape.config.block_size;
-  STD_TORCH_CHECK(w1.dim() == 3 && (!w2 || w2->dim() == 3), w1_name, " and ", w2_name,
-                  " must have 3 dims");
-  STD_TORCH_CHECK(w2 || !b2, b2_name, " needs ", w2_name);
-  PhiWeights phi{};
-  phi.hidden = w1.size(1);
-  phi.dim_out = w2 ? w2->size(1) : phi.hidden;
-  phi.pos = weight_ptr(pos, pos_name, {heads, l, dim}, like);
-  phi.w1 = weight_ptr(w1, w1_name, {heads, phi.hidden, l * dim}, like);
-  phi.b1 = weight_ptr(b1, b1_name, {heads, phi.hidden}, like);
-  phi.w2 = weight_ptr(w2, w2_name, {heads, phi.dim_out, phi.hidden}, like);
-  phi.b2 = weight_ptr(b2, b2_name, {heads, phi.dim_out}, like);
-  return phi;
-}
-
-#endif
-
-}  // namespace
-
-int64_t max_decode_rows() { return kMaxDecodeRows; }
-
-Tensor3 cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
-                     OptTensor counts, OptTensor block_table, int64_t num_pages,
-                     std::vector<int64_t> config) {
-  CacheGather params = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
-                                     cache_config(config));
-  const CacheShape& s = params.shape;
-  const int64_t rows = gathered_rows(s.tokens, s.config);
-  const Tensor3 results = new_gathered(params, k, rows, s.dim_qk, s.dim_v);
-  run(
-      k, [&] { cpu::cache_gather(params, torch_executor()); }, [] { return int64_t{0}; },
-      [&](void*, cuda::Stream stream) { cuda::cache_gather(params, stream); });
-  return results;
-}
-
-#ifdef NSA_EXT_WITH_CUDA
-
-Tensor3 cache_compress_mlp(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
-                           OptTensor counts, OptTensor block_table, int64_t num_pages,
-                           std::vector<int64_t> config, OptTensor k_pos, Tensor k_w1,
-                           OptTensor k_b1, OptTensor k_w2, OptTensor k_b2, OptTensor v_pos,
-                           Tensor v_w1, OptTensor v_b1, OptTensor v_w2, OptTensor v_b2) {
-  CacheCompressMlp params{};
-  params.tokens = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
-                                cache_config(config));
-  const CacheShape& s = params.tokens.shape;
-  STD_TORCH_CHECK(k_w1.dim() == 3, "k_w1 must have 3 dims, got ", shape_string(k_w1));
-  params.weight_heads = k_w1.size(0);
-  check_step(s, params.weight_heads);
-  params.k = phi_weights(params, s.dim_qk, "k_pos", k_pos, "k_w1", k_w1, "k_b1", k_b1, "k_w2", k_w2,
-                         "k_b2", k_b2, k);
-  params.v = phi_weights(params, s.dim_v, "v_pos", v_pos, "v_w1", v_w1, "v_b1", v_b1, "v_w2", v_w2,
-                         "v_b2", v_b2, k);
-  const Tensor3 results = new_gathered(params.tokens, k, 1, params.k.dim_out, params.v.dim_out);
-  run(
-      k, [] {}, [&] { return cuda::cache_compress_mlp_workspace(params); },
-      [&](void* workspace, cuda::Stream stream) {
-        cuda::cache_compress_mlp(params, workspace, stream);
-      });
-  return results;
-}
-
-Tensor3 cache_compress_pool(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
-                            OptTensor counts, OptTensor block_table, int64_t num_pages,
-                            std::vector<int64_t> config, OptTensor k_weight, OptTensor k_pos,
-                            OptTensor v_weight, OptTensor v_pos) {
-  CacheCompressPool params{};
-  params.tokens = gather_params(k, v, tail_k, tail_v, state, counts, block_table, num_pages,
-                                cache_config(config));
-  const CacheShape& s = params.tokens.shape;
-  params.weight_heads = 1;
-  for (const OptTensor& weight : {k_weight, k_pos, v_weight, v_pos}) {
-    if (weight && weight->dim() && weight->size(0) != 1) params.weight_heads = weight->size(0);
-  }
-  check_step(s, params.weight_heads);
-  const int64_t heads = params.weight_heads, l = s.config.block_size;
-  params.k = {weight_ptr(k_weight, "k_weight", {heads, l}, k),
-              weight_ptr(k_pos, "k_pos", {heads, l, s.dim_qk}, k)};
-  params.v = {weight_ptr(v_weight, "v_weight", {heads, l}, k),
-              weight_ptr(v_pos, "v_pos", {heads, l, s.dim_v}, k)};
-  const Tensor3 results = new_gathered(params.tokens, k, 1, s.dim_qk, s.dim_v);
-  run(
-      k, [] {}, [] { return int64_t{0}; },
-      [&](void*, cuda::Stream stream) { cuda::cache_compress_pool(params, stream); });
-  return results;
-}
-
-#endif
-
-void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
-                  OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
-                  Tensor tail_v, Tensor steps, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
-                  Tensor k_raw, Tensor v_raw, Tensor k_cmp, Tensor v_cmp, OptTensor block_table,
-                  OptTensor rope_inv_freq, std::vector<int64_t> config) {
+/// New tokens of all branches, and the cache.
+void set_tokens(CacheTokens& params, const Tensor& state, const Tensor& k_pages,
+                const Tensor& v_pages, const OptTensor& k_win_pages, const OptTensor& v_win_pages,
+                const Tensor& k_cmp_pages, const Tensor& v_cmp_pages, const Tensor& tail_k,
+                const Tensor& tail_v, const Tensor& k, const Tensor& v, const OptTensor& k_win,
+                const OptTensor& v_win, const Tensor& k_raw, const Tensor& v_raw,
+                const OptTensor& block_table, const OptTensor& rope_inv_freq,
+                const BlockConfig& config) {
   const bool own_window = k_win_pages.has_value();
   STD_TORCH_CHECK(v_win_pages.has_value() == own_window && k_win.has_value() == own_window &&
                       v_win.has_value() == own_window,
                   "k_win, v_win and their pages go together");
   STD_TORCH_CHECK(k_pages.dim() == 4, "k_pages must have 4 dims, got ", shape_string(k_pages));
-  CacheAppend params{};
-  params.shape =
-      cache_shape(k_raw, v_raw, tail_k, tail_v, block_table, k_pages.size(0), cache_config(config));
+  params.shape = cache_shape(k_raw, v_raw, tail_k, tail_v, block_table, k_pages.size(0), config);
   const CacheShape& s = params.shape;
   const Tensor* const fresh[kNumBranches][2] = {
       {&k_raw, &v_raw}, {&k, &v}, {k_win ? &*k_win : nullptr, v_win ? &*v_win : nullptr}};
@@ -310,12 +169,6 @@ void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_
           *pools[c][i], kPoolNames[c][i], s.num_pages, page_rows(s.config, c), s.heads, dim, k_raw);
     }
   }
-  const int64_t blocks = max_new_blocks(s.tokens, s.config);
-  check(k_cmp, "k_cmp", {s.batch, blocks, s.heads, s.dim_qk}, k_raw.scalar_type(), k_raw);
-  check(v_cmp, "v_cmp", {s.batch, blocks, s.heads, s.dim_v}, k_raw.scalar_type(), k_raw);
-  params.k_cmp = view(k_cmp, false);
-  params.v_cmp = view(v_cmp, false);
-  params.steps = reinterpret_cast<const CacheStep*>(int32_ptr(steps, "steps", {s.batch, 3}, k_raw));
   if (rope_inv_freq) {
     const bool wide = s.dtype == DType::kFloat64;
     STD_TORCH_CHECK(s.dim_qk % 2 == 0, "rope_inv_freq needs an even Dk, got ", s.dim_qk);
@@ -328,10 +181,154 @@ void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_
   params.seqlens = state_row(state, 0, s, k_raw);
   params.tail_start = state_row(state, 1, s, k_raw);
   params.dropped = state_row(state, 2, s, k_raw);
+}
+
+#ifdef NSA_EXT_WITH_CUDA
+
+/// A weight of phi, or null where it is absent.
+const void* weight_ptr(const OptTensor& weight, const char* name, const std::vector<int64_t>& sizes,
+                       const Tensor& like) {
+  if (!weight) return nullptr;
+  check(*weight, name, sizes, like.scalar_type(), like);
+  check_contiguous(*weight, name);
+  return weight->const_data_ptr();
+}
+
+void check_step(const CacheStore& params) {
+  const CacheShape& s = params.shape;
+  STD_TORCH_CHECK(s.tokens >= 1 && s.tokens <= s.config.block_stride,
+                  "k must have 1 to block_stride tokens, got ", s.tokens);
+  STD_TORCH_CHECK(params.weight_heads == 1 || params.weight_heads == s.heads,
+                  "phi's weights must have 1 or ", s.heads, " heads, got ", params.weight_heads);
+}
+
+PhiWeights phi_weights(const CacheStore& params, int64_t dim, const char* pos_name,
+                       const OptTensor& pos, const char* w1_name, const Tensor& w1,
+                       const char* b1_name, const OptTensor& b1, const char* w2_name,
+                       const OptTensor& w2, const char* b2_name, const OptTensor& b2,
+                       const Tensor& like) {
+  const int64_t heads = params.weight_heads, l = params.shape.config.block_size;
+  STD_TORCH_CHECK(w1.dim() == 3, w1_name, " must have 3 dims, got ", shape_string(w1));
+  STD_TORCH_CHECK(w2 || !b2, b2_name, " needs ", w2_name);
+  PhiWeights phi{};
+  phi.hidden = w2 ? w1.size(1) : dim;
+  phi.pos = weight_ptr(pos, pos_name, {heads, l, dim}, like);
+  phi.w1 = weight_ptr(w1, w1_name, {heads, phi.hidden, l * dim}, like);
+  phi.b1 = weight_ptr(b1, b1_name, {heads, phi.hidden}, like);
+  phi.w2 = weight_ptr(w2, w2_name, {heads, dim, phi.hidden}, like);
+  phi.b2 = weight_ptr(b2, b2_name, {heads, dim}, like);
+  return phi;
+}
+
+#endif
+
+}  // namespace
+
+int64_t max_decode_rows() { return kMaxDecodeRows; }
+
+Tensor3 cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
+                     OptTensor counts, OptTensor block_table, int64_t num_pages,
+                     std::vector<int64_t> config) {
+  CacheGather params{};
+  params.shape = cache_shape(k, v, tail_k, tail_v, block_table, num_pages, cache_config(config));
+  const CacheShape& s = params.shape;
+  params.seqlens = state_row(state, 0, s, k);
+  params.tail_start = state_row(state, 1, s, k);
+  params.counts = int32_ptr(counts, "counts", {s.batch}, k);
+  params.k = view(k, false);
+  params.v = view(v, false);
+  params.tail_k = view(tail_k, false);
+  params.tail_v = view(tail_v, false);
+  const int64_t rows = gathered_rows(s.tokens, s.config);
+  const Tensor out_k = empty(k, {s.batch, rows, s.heads, s.dim_qk}, k.scalar_type()),
+               out_v = empty(k, {s.batch, rows, s.heads, s.dim_v}, k.scalar_type()),
+               steps = empty(k, {s.batch, 3}, ScalarType::Int);
+  params.out_k = view<void>(out_k, false);
+  params.out_v = view<void>(out_v, false);
+  params.steps = static_cast<CacheStep*>(steps.mutable_data_ptr());
+  run(
+      k, [&] { cpu::cache_gather(params, torch_executor()); }, [] { return int64_t{0}; },
+      [&](void*, cuda::Stream stream) { cuda::cache_gather(params, stream); });
+  return {out_k, out_v, steps};
+}
+
+void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
+                  OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
+                  Tensor tail_v, Tensor steps, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
+                  Tensor k_raw, Tensor v_raw, Tensor k_cmp, Tensor v_cmp, OptTensor block_table,
+                  OptTensor rope_inv_freq, std::vector<int64_t> config) {
+  CacheAppend params{};
+  set_tokens(params, state, k_pages, v_pages, k_win_pages, v_win_pages, k_cmp_pages, v_cmp_pages,
+             tail_k, tail_v, k, v, k_win, v_win, k_raw, v_raw, block_table, rope_inv_freq,
+             cache_config(config));
+  const CacheShape& s = params.shape;
+  const int64_t blocks = max_new_blocks(s.tokens, s.config);
+  check(k_cmp, "k_cmp", {s.batch, blocks, s.heads, s.dim_qk}, k_raw.scalar_type(), k_raw);
+  check(v_cmp, "v_cmp", {s.batch, blocks, s.heads, s.dim_v}, k_raw.scalar_type(), k_raw);
+  params.k_cmp = view(k_cmp, false);
+  params.v_cmp = view(v_cmp, false);
+  params.steps = reinterpret_cast<const CacheStep*>(int32_ptr(steps, "steps", {s.batch, 3}, k_raw));
   run(
       k_raw, [&] { cpu::cache_append(params, torch_executor()); }, [] { return int64_t{0}; },
       [&](void*, cuda::Stream stream) { cuda::cache_append(params, stream); });
 }
+
+#ifdef NSA_EXT_WITH_CUDA
+
+void cache_store_mlp(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
+                     OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
+                     Tensor tail_v, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
+                     Tensor k_raw, Tensor v_raw, OptTensor counts, OptTensor block_table,
+                     OptTensor rope_inv_freq, std::vector<int64_t> config, OptTensor k_pos,
+                     Tensor k_w1, OptTensor k_b1, OptTensor k_w2, OptTensor k_b2, OptTensor v_pos,
+                     Tensor v_w1, OptTensor v_b1, OptTensor v_w2, OptTensor v_b2) {
+  CacheStoreMlp params{};
+  set_tokens(params, state, k_pages, v_pages, k_win_pages, v_win_pages, k_cmp_pages, v_cmp_pages,
+             tail_k, tail_v, k, v, k_win, v_win, k_raw, v_raw, block_table, rope_inv_freq,
+             cache_config(config));
+  const CacheShape& s = params.shape;
+  params.counts = int32_ptr(counts, "counts", {s.batch}, k_raw);
+  params.weight_heads = k_w1.dim() ? k_w1.size(0) : 0;
+  check_step(params);
+  params.phi_k = phi_weights(params, s.dim_qk, "k_pos", k_pos, "k_w1", k_w1, "k_b1", k_b1, "k_w2",
+                             k_w2, "k_b2", k_b2, k_raw);
+  params.phi_v = phi_weights(params, s.dim_v, "v_pos", v_pos, "v_w1", v_w1, "v_b1", v_b1, "v_w2",
+                             v_w2, "v_b2", v_b2, k_raw);
+  run(
+      k_raw, [] {}, [&] { return cuda::cache_store_mlp_workspace(params); },
+      [&](void* workspace, cuda::Stream stream) {
+        cuda::cache_store_mlp(params, workspace, stream);
+      });
+}
+
+void cache_store_pool(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
+                      OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
+                      Tensor tail_v, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
+                      Tensor k_raw, Tensor v_raw, OptTensor counts, OptTensor block_table,
+                      OptTensor rope_inv_freq, std::vector<int64_t> config, OptTensor k_weight,
+                      OptTensor k_pos, OptTensor v_weight, OptTensor v_pos) {
+  CacheStorePool params{};
+  set_tokens(params, state, k_pages, v_pages, k_win_pages, v_win_pages, k_cmp_pages, v_cmp_pages,
+             tail_k, tail_v, k, v, k_win, v_win, k_raw, v_raw, block_table, rope_inv_freq,
+             cache_config(config));
+  const CacheShape& s = params.shape;
+  params.counts = int32_ptr(counts, "counts", {s.batch}, k_raw);
+  params.weight_heads = 1;
+  for (const OptTensor& weight : {k_weight, k_pos, v_weight, v_pos}) {
+    if (weight && weight->dim() && weight->size(0) != 1) params.weight_heads = weight->size(0);
+  }
+  check_step(params);
+  const int64_t heads = params.weight_heads, l = s.config.block_size;
+  params.phi_k = {weight_ptr(k_weight, "k_weight", {heads, l}, k_raw),
+                  weight_ptr(k_pos, "k_pos", {heads, l, s.dim_qk}, k_raw)};
+  params.phi_v = {weight_ptr(v_weight, "v_weight", {heads, l}, k_raw),
+                  weight_ptr(v_pos, "v_pos", {heads, l, s.dim_v}, k_raw)};
+  run(
+      k_raw, [] {}, [] { return int64_t{0}; },
+      [&](void*, cuda::Stream stream) { cuda::cache_store_pool(params, stream); });
+}
+
+#endif
 
 Tensor2 decode_fwd(Tensor q, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor k_pages, Tensor v_pages,
                    OptTensor k_win_pages, OptTensor v_win_pages, Tensor gates, Tensor seqlens,

@@ -65,22 +65,26 @@ Tensor8 sparse_attn_bwd(Tensor dout, Tensor q, Tensor k_cmp, Tensor v_cmp, Tenso
 Tensor3 cache_gather(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
                      OptTensor counts, OptTensor block_table, int64_t num_pages,
                      std::vector<int64_t> config);
-#ifdef NSA_EXT_WITH_CUDA
-Tensor3 cache_compress_mlp(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
-                           OptTensor counts, OptTensor block_table, int64_t num_pages,
-                           std::vector<int64_t> config, OptTensor k_pos, Tensor k_w1,
-                           OptTensor k_b1, OptTensor k_w2, OptTensor k_b2, OptTensor v_pos,
-                           Tensor v_w1, OptTensor v_b1, OptTensor v_w2, OptTensor v_b2);
-Tensor3 cache_compress_pool(Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state,
-                            OptTensor counts, OptTensor block_table, int64_t num_pages,
-                            std::vector<int64_t> config, OptTensor k_weight, OptTensor k_pos,
-                            OptTensor v_weight, OptTensor v_pos);
-#endif
 void cache_append(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
                   OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
                   Tensor tail_v, Tensor steps, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
                   Tensor k_raw, Tensor v_raw, Tensor k_cmp, Tensor v_cmp, OptTensor block_table,
                   OptTensor rope_inv_freq, std::vector<int64_t> config);
+#ifdef NSA_EXT_WITH_CUDA
+void cache_store_mlp(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
+                     OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
+                     Tensor tail_v, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
+                     Tensor k_raw, Tensor v_raw, OptTensor counts, OptTensor block_table,
+                     OptTensor rope_inv_freq, std::vector<int64_t> config, OptTensor k_pos,
+                     Tensor k_w1, OptTensor k_b1, OptTensor k_w2, OptTensor k_b2, OptTensor v_pos,
+                     Tensor v_w1, OptTensor v_b1, OptTensor v_w2, OptTensor v_b2);
+void cache_store_pool(Tensor state, Tensor k_pages, Tensor v_pages, OptTensor k_win_pages,
+                      OptTensor v_win_pages, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor tail_k,
+                      Tensor tail_v, Tensor k, Tensor v, OptTensor k_win, OptTensor v_win,
+                      Tensor k_raw, Tensor v_raw, OptTensor counts, OptTensor block_table,
+                      OptTensor rope_inv_freq, std::vector<int64_t> config, OptTensor k_weight,
+                      OptTensor k_pos, OptTensor v_weight, OptTensor v_pos);
+#endif
 Tensor2 decode_fwd(Tensor q, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor k_pages, Tensor v_pages,
                    OptTensor k_win_pages, OptTensor v_win_pages, Tensor gates, Tensor seqlens,
                    OptTensor block_table, std::vector<int64_t> config, double softmax_scale);

@@ -1,4 +1,5 @@
-// Schemas and registration. Functional but for cache_append, never returning scratch; an absent
+// Schemas and registration. Functional but for cache_append and
+// cache_store_*, never returning scratch; an absent
 // optional result has shape (0,). Fake kernels and autograd are registered in nsa_ext/_ops.py.
 #include <torch/csrc/stable/library.h>
 
@@ -12,6 +13,11 @@
 #define NSA_NEW_TOKENS                                                                       \
   "Tensor k, Tensor v, Tensor tail_k, Tensor tail_v, Tensor state, Tensor? counts, Tensor? " \
   "block_table, SymInt num_pages, int[] config"
+#define NSA_CACHE                                                                                \
+  "Tensor(a!) state, Tensor(b!) k_pages, Tensor(c!) v_pages, Tensor(d!)? k_win_pages, "          \
+  "Tensor(e!)? v_win_pages, Tensor(f!) k_cmp_pages, Tensor(g!) v_cmp_pages, Tensor(h!) tail_k, " \
+  "Tensor(i!) tail_v"
+#define NSA_FRESH "Tensor k, Tensor v, Tensor? k_win, Tensor? v_win, Tensor k_raw, Tensor v_raw"
 #define NSA_SCALE "float softmax_scale, bool deterministic"
 
 STABLE_TORCH_LIBRARY(nsa_ext, m) {
@@ -58,22 +64,19 @@ STABLE_TORCH_LIBRARY(nsa_ext, m) {
       ") -> (Tensor dq, Tensor dk_cmp, Tensor dv_cmp, Tensor dk_slc, Tensor dv_slc, Tensor dk_win, "
       "Tensor dv_win, "
       "Tensor dgates)");
-  // What cache_gather hands to cache_append: `steps`, by sequence its length, the tokens taken and
-  // those offered. cache_compress_*, which CUDA alone has, are cache_gather and phi in one.
+  // `steps`, by sequence: its length, the tokens taken and those offered. cache_store_*, which CUDA
+  // alone has, are cache_gather, phi and cache_append in one.
   m.def("cache_gather(" NSA_NEW_TOKENS ") -> (Tensor k_rows, Tensor v_rows, Tensor steps)");
-  m.def("cache_compress_mlp(" NSA_NEW_TOKENS
-        ", Tensor? k_pos, Tensor k_w1, Tensor? k_b1, Tensor? k_w2, Tensor? k_b2, Tensor? v_pos, "
-        "Tensor v_w1, Tensor? v_b1, Tensor? v_w2, Tensor? v_b2) -> (Tensor k_cmp, Tensor v_cmp, "
-        "Tensor steps)");
-  m.def("cache_compress_pool(" NSA_NEW_TOKENS
-        ", Tensor? k_weight, Tensor? k_pos, Tensor? v_weight, Tensor? v_pos) -> (Tensor k_cmp, "
-        "Tensor v_cmp, Tensor steps)");
-  m.def(
-      "cache_append(Tensor(a!) state, Tensor(b!) k_pages, Tensor(c!) v_pages, Tensor(d!)? "
-      "k_win_pages, Tensor(e!)? v_win_pages, Tensor(f!) k_cmp_pages, Tensor(g!) v_cmp_pages, "
-      "Tensor(h!) tail_k, Tensor(i!) tail_v, Tensor steps, Tensor k, Tensor v, Tensor? k_win, "
-      "Tensor? v_win, Tensor k_raw, Tensor v_raw, Tensor k_cmp, Tensor v_cmp, Tensor? "
-      "block_table, Tensor? rope_inv_freq, int[] config) -> ()");
+  m.def("cache_append(" NSA_CACHE ", Tensor steps, " NSA_FRESH
+        ", Tensor k_cmp, Tensor v_cmp, Tensor? block_table, Tensor? rope_inv_freq, int[] config) "
+        "-> ()");
+  m.def("cache_store_mlp(" NSA_CACHE ", " NSA_FRESH
+        ", Tensor? counts, Tensor? block_table, Tensor? rope_inv_freq, int[] config, Tensor? "
+        "k_pos, Tensor k_w1, Tensor? k_b1, Tensor? k_w2, Tensor? k_b2, Tensor? v_pos, Tensor v_w1, "
+        "Tensor? v_b1, Tensor? v_w2, Tensor? v_b2) -> ()");
+  m.def("cache_store_pool(" NSA_CACHE ", " NSA_FRESH
+        ", Tensor? counts, Tensor? block_table, Tensor? rope_inv_freq, int[] config, Tensor? "
+        "k_weight, Tensor? k_pos, Tensor? v_weight, Tensor? v_pos) -> ()");
   m.def(
       "decode_fwd(Tensor q, Tensor k_cmp_pages, Tensor v_cmp_pages, Tensor k_pages, Tensor "
       "v_pages, Tensor? k_win_pages, Tensor? v_win_pages, Tensor gates, Tensor seqlens, Tensor? "
@@ -116,8 +119,8 @@ STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CPU, m) { register_kernels(m); }
 #ifdef NSA_EXT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(nsa_ext, CUDA, m) {
   register_kernels(m);
-  m.impl("cache_compress_mlp", TORCH_BOX(&nsa::binding::cache_compress_mlp));
-  m.impl("cache_compress_pool", TORCH_BOX(&nsa::binding::cache_compress_pool));
+  m.impl("cache_store_mlp", TORCH_BOX(&nsa::binding::cache_store_mlp));
+  m.impl("cache_store_pool", TORCH_BOX(&nsa::binding::cache_store_pool));
 }
 #endif
 

@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from cache_helpers import Sequences
 from helpers import CUDA_BACKENDS, Problem, backend_params, make_inputs
 from operators import OPERATORS, SELECTED, kernel_keywords
 from test_compress import KINDS, Phi
@@ -61,6 +62,24 @@ def test_wild_indices(backend):
     indices[..., 1], indices[..., 3] = 2**31 - 1, -(2**31)
     out = nsa_ext.selected_attn(*leaves, indices.cuda(), **kernel_keywords(DENSE, "cuda"))
     use(out, leaves, x["dout"])
+
+
+@on_cuda
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache(kind, paged, backend):
+    """Chunks, then steps of decode that complete a block, that complete none, without room."""
+    sequences = Sequences(backend, 70, batch=3, kind=kind, per_head=paged, separate=paged)
+    cache = sequences.cache(**({"num_pages": 6} if paged else {"growable": False}))
+    cache.append(**sequences.rows(0, 45)[2], counts=[45, 0, 31])
+    for begin, end in ((45, 46), (46, 47), (47, 63)):
+        out, _ = sequences.step(cache, begin, end)
+        assert torch.isfinite(out).all()
+    cache.reserve(cache.capacity)
+    lengths = torch.tensor([cache.capacity, 1, 0], dtype=torch.int32, device="cuda")
+    cache._storage.state[0] = lengths
+    out, _ = sequences.step(cache, 63, 64)
+    assert cache.seqlens.tolist() == [cache.capacity, 2, 1]
 
 
 @on_cuda

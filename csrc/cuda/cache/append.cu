@@ -1,9 +1,8 @@
-// Storing new tokens in a KV cache: copies by 16 bytes, laid out by lengths that only the device
-// knows. One launch before phi and one after it.
+// Storing chunks of new tokens in a KV cache: copies by 16 bytes, laid out by lengths that only the
+// device knows. One launch before phi and one after it. A step of decode has store.cu.
 
 #include "cuda/cache/rows.cuh"
 #include "cuda/common.h"
-#include "cuda/device/ptx.cuh"
 #include "nsa/cache.h"
 
 namespace nsa::cuda {
@@ -13,10 +12,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPiecesPerThread = 4;
 
+/// Where the token at `position` lies, piece `at` of its row: among the new ones or in the tail.
+/// Null where the tail lost it.
 template <class T>
-__device__ __forceinline__ uint4 nan_piece() {
-  const uint32_t pair = pack2<T>(nanf(""), nanf(""));
-  return make_uint4(pair, pair, pair, pair);
+__device__ __forceinline__ const uint4* token_piece(const CacheGather& p, const CacheStep& step,
+                                                    int64_t b, int64_t position,
+                                                    const Column& column) {
+  const bool values = column.values;
+  if (position >= step.old)
+    return piece_of<T>(values ? p.v : p.k, b, step.row(position, p.shape.tokens), column.head,
+                       column.at);
+  if (position < p.tail_start[b]) return nullptr;
+  return piece_of<T>(values ? p.tail_v : p.tail_k, b, position % p.shape.tail, column.head,
+                     column.at);
 }
 
 template <class T>
@@ -26,9 +34,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(CacheGather p, int chu
   const int64_t b = blockIdx.x / chunks;
   const int chunk = blockIdx.x % chunks;
   CacheStep step = offered_step(p, b);
-  const bool room =
-      has_room(s, b, step.old, int64_t{step.old} + step.wanted, threadIdx.x, kThreads);
-  if (__syncthreads_and(room)) step.taken = step.wanted;
+  if (__syncthreads_and(has_room(s, b, step, threadIdx.x, kThreads))) step.taken = step.wanted;
   if (chunk == 0 && threadIdx.x == 0) p.steps[b] = step;
   const NewBlocks blocks(step, c);
   const int64_t needed = blocks.count > 0 ? (blocks.count - 1) * c.block_stride + c.block_size : 0;
@@ -39,37 +45,15 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(CacheGather p, int chu
   for (int64_t i = int64_t{chunk} * kThreads + threadIdx.x; i < end;
        i += int64_t{chunks} * kThreads) {
     const int64_t row = i / per_row;
-    int piece = static_cast<int>(i - row * per_row);
-    const bool values = piece >= static_cast<int>(s.heads) * pieces_k;
-    if (values) piece -= static_cast<int>(s.heads) * pieces_k;
-    const int pieces = values ? pieces_v : pieces_k;
-    const int head = piece / pieces, at = piece - head * pieces;
+    const Column column(static_cast<int>(i - row * per_row), static_cast<int>(s.heads), pieces_k,
+                        pieces_v);
     uint4 value = {};
     if (row < needed) {
-      const uint4* from = token_piece<T>(p, step, b, start + row, values, head, at);
+      const uint4* from = token_piece<T>(p, step, b, start + row, column);
       value = from ? *from : nan_piece<T>();
     }
-    *piece_of<T>(values ? p.out_v : p.out_k, b, row, head, at) = value;
+    *piece_of<T>(column.values ? p.out_v : p.out_k, b, row, column.head, column.at) = value;
   }
-}
-
-/// Piece `at` of a key rotated at `position`, in pairs (i, i + D/2).
-template <class T>
-__device__ __forceinline__ uint4 rotated(const uint4* key, int at, int pieces, float position,
-                                         const float* inv_freq) {
-  const int half = pieces * 4;  // elements; a piece of 8 may lie in both halves
-  const T* elements = reinterpret_cast<const T*>(key);
-  float values[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    const int i = at * 8 + e, pair = i < half ? i : i - half;
-    float sin, cos;
-    sincosf(position * inv_freq[pair], &sin, &cos);
-    const float a = to_float(elements[pair]), b = to_float(elements[pair + half]);
-    values[e] = i < half ? a * cos - b * sin : b * cos + a * sin;
-  }
-  return make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
-                    pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
 }
 
 /// Grid: (B * chunks, 2 * 4): K and V of the raw tokens of the selected and the window branch, of
@@ -121,9 +105,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(CacheAppend p, int chu
     } else {
       const int64_t page = page_of(s, b, index / page_rows);
       if (page < 0 || page >= s.num_pages) continue;
-      to = reinterpret_cast<uint4*>(static_cast<T*>(pages.ptr) + page * pages.page +
-                                    index % page_rows * pages.seq + head * pages.head) +
-           at;
+      to = piece_of<T>(pages, page, static_cast<int>(index % page_rows), head, at);
     }
     const int64_t from_row = target == kToCompressed ? row : step.row(index, s.tokens);
     if (rotates) {
@@ -148,7 +130,11 @@ int chunks_of(int64_t rows, int64_t pieces_per_row) {
 void cache_gather(const CacheGather& params, Stream stream) {
   using namespace cache;
   const CacheShape& s = params.shape;
-  check_tokens(params);
+  check_dims(s);
+  check_aligned(params.k, "k", params.k.batch);
+  check_aligned(params.v, "v", params.v.batch);
+  check_aligned(params.tail_k, "tail_k", params.tail_k.batch);
+  check_aligned(params.tail_v, "tail_v", params.tail_v.batch);
   if (s.batch == 0) return;
   const int chunks =
       chunks_of(gathered_rows(s.tokens, s.config), s.heads * (s.dim_qk + s.dim_v) / 8);
@@ -164,18 +150,9 @@ void cache_gather(const CacheGather& params, Stream stream) {
 void cache_append(const CacheAppend& params, Stream stream) {
   using namespace cache;
   const CacheShape& s = params.shape;
-  if (s.dim_qk % 8 || s.dim_v % 8)
-    throw std::invalid_argument("head dims must be multiples of 8 on CUDA");
-  for (int branch = 0; branch < kNumBranches; ++branch) {
-    check_aligned(params.k[branch], "k", params.k[branch].batch);
-    check_aligned(params.v[branch], "v", params.v[branch].batch);
-    check_aligned(params.k_pages[branch], "k_pages", params.k_pages[branch].page);
-    check_aligned(params.v_pages[branch], "v_pages", params.v_pages[branch].page);
-  }
+  check_tokens(params);
   check_aligned(params.k_cmp, "k_cmp", params.k_cmp.batch);
   check_aligned(params.v_cmp, "v_cmp", params.v_cmp.batch);
-  check_aligned(params.tail_k, "tail_k", params.tail_k.batch);
-  check_aligned(params.tail_v, "tail_v", params.tail_v.batch);
   if (s.batch == 0) return;
   const int chunks = chunks_of(s.tokens, s.heads * (s.dim_qk > s.dim_v ? s.dim_qk : s.dim_v) / 8);
   const dim3 grid(grid_size(s.batch * chunks), 2 * kNumTargets);

@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "cuda/decode/pdl.cuh"
 #include "cuda/decode/segments.cuh"
+#include "cuda/device/pdl.cuh"
 
 namespace nsa::cuda::decode {
 
@@ -97,8 +97,8 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   const int64_t rows = int64_t{p.batch} * p.tokens * p.heads_q;
   // Few rows have many segments each, and many rows few.
   const int warps = rows <= 512 ? 8 : 4;
-  launch(warps == 8 ? combine_kernel<T, kDv, 8> : combine_kernel<T, kDv, 4>, p, rows, 32 * warps, 0,
-         true, stream, "decode combine_kernel");
+  launch_overlapping(warps == 8 ? combine_kernel<T, kDv, 8> : combine_kernel<T, kDv, 4>,
+                     "decode combine_kernel", grid_size(rows), 32 * warps, 0, stream, p);
 }
 
 }  // namespace nsa::cuda::decode

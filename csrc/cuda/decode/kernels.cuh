@@ -7,8 +7,8 @@
 #include "cuda/decode/attend.cuh"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/launch.h"
-#include "cuda/decode/pdl.cuh"
 #include "cuda/decode/select.h"
+#include "cuda/device/pdl.cuh"
 
 namespace nsa::cuda::decode {
 
@@ -18,11 +18,14 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
     compressed_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
-  launch_dependents();
   const int row_tile = blockIdx.x % p.row_tiles, rest = blockIdx.x / p.row_tiles;
   const int head = rest % p.heads_kv, worker = rest / p.heads_kv;
-  const Share share = Schedule(p, kCompressed, threadIdx.x % 32).share(worker);
   Attend<Traits> block(p, smem);
+  // Whatever precedes has ended before the next kernels of the call start, which read lengths,
+  // pages and the window ahead of their own waits.
+  wait_for_previous();
+  launch_dependents();
+  const Share share = Schedule(p, kCompressed, threadIdx.x % 32).share(worker);
   block.run(CompressedSource(p, head, row_tile), share, worker, row_tile);
 }
 
@@ -82,15 +85,16 @@ Shape shape_of() {
 template <class T, int kDk, int kDv, int kRowGroups>
 void launch_compressed(const DecodeParams& p, cudaStream_t stream) {
   using Traits = AttendTraits<T, kDk, kDv, kRowGroups>;
-  launch(compressed_kernel<Traits>, p, int64_t{p.workers[kCompressed]} * p.heads_kv * p.row_tiles,
-         Traits::kThreads, Traits::shared_bytes(p.stages), false, stream,
-         "decode compressed_kernel");
+  launch_overlapping(compressed_kernel<Traits>, "decode compressed_kernel",
+                     grid_size(int64_t{p.workers[kCompressed]} * p.heads_kv * p.row_tiles),
+                     Traits::kThreads, Traits::shared_bytes(p.stages), stream, p);
 }
 template <class T, int kDk, int kDv, int kRowGroups>
 void launch_tokens(const DecodeParams& p, cudaStream_t stream) {
   using Traits = AttendTraits<T, kDk, kDv, kRowGroups>;
-  launch(token_kernel<Traits>, p, int64_t{p.workers[kSelected]} * p.heads_kv, Traits::kThreads,
-         Traits::shared_bytes(p.stages), true, stream, "decode token_kernel");
+  launch_overlapping(token_kernel<Traits>, "decode token_kernel",
+                     grid_size(int64_t{p.workers[kSelected]} * p.heads_kv), Traits::kThreads,
+                     Traits::shared_bytes(p.stages), stream, p);
 }
 
 template <class T, int kDk, int kDv>

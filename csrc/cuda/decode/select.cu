@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cuda/decode/pdl.cuh"
 #include "cuda/decode/segments.cuh"
 #include "cuda/decode/select.h"
+#include "cuda/device/pdl.cuh"
 
 namespace nsa::cuda::decode {
 
@@ -244,8 +244,9 @@ int64_t select_shared_bytes(const BlockConfig& config, int64_t max_pages) {
 
 void launch_select(const DecodeParams& p, cudaStream_t stream) {
   const auto run = [&](auto* kernel) {
-    launch(kernel, p, int64_t{p.batch} * p.tokens * p.heads_kv, kThreads,
-           select_shared_bytes(p.config, p.max_pages), true, stream, "decode select_kernel");
+    launch_overlapping(kernel, "decode select_kernel",
+                       grid_size(int64_t{p.batch} * p.tokens * p.heads_kv), kThreads,
+                       select_shared_bytes(p.config, p.max_pages), stream, p);
   };
   switch (chunk_blocks(p.config)) {
     case 2:

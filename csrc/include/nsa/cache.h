@@ -3,7 +3,8 @@
 // complete later. Position p lies in slot p % R.
 //
 // T tokens are stored in three steps: cache_gather lines up the tail and the new tokens, phi
-// compresses them, cache_append stores everything. No length is read by the host.
+// compresses them, cache_append stores everything. On CUDA cache_store does all of it for a step of
+// decode. No length is read by the host.
 #pragma once
 
 #include <cstdint>
@@ -60,44 +61,17 @@ struct CacheGather {
   CacheStep* steps;           // (B) written
 };
 
-/// phi of kinds `mlp` and `linear` (w2 null), as in CompressMlpFwd.
-struct PhiWeights {
-  int64_t hidden, dim_out;  // dim_out: Dk of the keys, Dv of the values
-  const void *pos, *w1, *b1, *w2, *b2;
-};
-
-/// cache_gather and phi in one, for T <= d: a step of decode completes few blocks, often none, and
-/// only for those phi is computed. `tokens.out_k` and `tokens.out_v` are (B, 1, Hkv, D), the
-/// compressed tokens; zero where a sequence completes no block.
-struct CacheCompressMlp {
-  CacheGather tokens;
-  int64_t weight_heads;  // Hw
-  PhiWeights k, v;
-};
-
-/// phi of kinds `mean` and `weighted`, as in CompressPoolFwd.
-struct PoolWeights {
-  const void *weight, *pos;
-};
-/// As CacheCompressMlp.
-struct CacheCompressPool {
-  CacheGather tokens;
-  int64_t weight_heads;  // Hw
-  PoolWeights k, v;
-};
-
 /// Where a tensor's pages are written; as PagedView.
 struct PagedOut {
   void* ptr = nullptr;
   int64_t page = 0, seq = 0, head = 0;
 };
 
-struct CacheAppend {
+/// New tokens, and the cache that they go to.
+struct CacheTokens {
   CacheShape shape;
-  const CacheStep* steps;     // (B)
   InView k[kNumBranches];     // (B, T, Hkv, Dk) raw tokens; those of kCompressed go to the tail.
   InView v[kNumBranches];     // Window: null where it shares the selected branch's pages
-  InView k_cmp, v_cmp;        // (B, max_new_blocks, Hkv, D): blocks c0, c0 + 1, ..
   const void* rope_inv_freq;  // (Dk / 2) float32 (float64 for float64) or null: compressed key c
                               // is rotated by c*d * rope_inv_freq[i], in pairs (i, i + Dk / 2)
   PagedOut k_pages[kNumBranches], v_pages[kNumBranches];
@@ -105,6 +79,35 @@ struct CacheAppend {
   int32_t* seqlens;        // (B) advanced
   int32_t* tail_start;     // (B) advanced
   int32_t* dropped;        // (B) grows by the tokens that found no room
+};
+
+struct CacheAppend : CacheTokens {
+  const CacheStep* steps;  // (B)
+  InView k_cmp, v_cmp;     // (B, max_new_blocks, Hkv, D): blocks c0, c0 + 1, ..
+};
+
+/// All of storing for T <= d: a step of decode completes a block of few sequences, often of none,
+/// and only for those phi is computed.
+struct CacheStore : CacheTokens {
+  const int32_t* counts;  // as in CacheGather
+  int64_t weight_heads;   // Hw
+};
+
+/// phi of kinds `mlp` and `linear` (w2 null: hidden is Dk or Dv), as in CompressMlpFwd.
+struct PhiWeights {
+  int64_t hidden;
+  const void *pos, *w1, *b1, *w2, *b2;
+};
+struct CacheStoreMlp : CacheStore {
+  PhiWeights phi_k, phi_v;
+};
+
+/// phi of kinds `mean` and `weighted`, as in CompressPoolFwd.
+struct PoolWeights {
+  const void *weight, *pos;
+};
+struct CacheStorePool : CacheStore {
+  PoolWeights phi_k, phi_v;
 };
 
 namespace cpu {
@@ -117,10 +120,10 @@ void cache_append(const CacheAppend& params, const Executor& executor);
 namespace cuda {
 
 void cache_gather(const CacheGather& params, Stream stream);
-int64_t cache_compress_mlp_workspace(const CacheCompressMlp& params);
-void cache_compress_mlp(const CacheCompressMlp& params, void* workspace, Stream stream);
-void cache_compress_pool(const CacheCompressPool& params, Stream stream);
 void cache_append(const CacheAppend& params, Stream stream);
+int64_t cache_store_mlp_workspace(const CacheStoreMlp& params);
+void cache_store_mlp(const CacheStoreMlp& params, void* workspace, Stream stream);
+void cache_store_pool(const CacheStorePool& params, Stream stream);
 
 }  // namespace cuda
 

@@ -4,7 +4,7 @@
 
 #include "cuda/common.h"
 
-namespace nsa::cuda::decode {
+namespace nsa::cuda {
 
 /// Lets the next kernel of the stream start once every block of this one has come here or ended.
 __device__ __forceinline__ void launch_dependents() {
@@ -21,10 +21,12 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-/// Launches `kernel`; with `overlap` it may start before the previous kernel of the stream ends.
+/// Launches `kernel`, which may start before the previous kernel of the stream ends, whatever that
+/// is: until wait_for_previous() it touches nothing that others write, unless the kernels before it
+/// see to that.
 template <class Params>
-void launch(void (*kernel)(Params), const Params& params, int64_t blocks, int threads,
-            int64_t shared_bytes, bool overlap, cudaStream_t stream, const char* name) {
+void launch_overlapping(void (*kernel)(Params), const char* name, dim3 grid, int threads,
+                        int64_t shared_bytes, cudaStream_t stream, const Params& params) {
   allow_shared_memory(kernel, shared_bytes);
   // Kernels of unlike carve-outs cannot share a multiprocessor.
   NSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -35,14 +37,14 @@ void launch(void (*kernel)(Params), const Params& params, int64_t blocks, int th
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid_size(blocks);
+  config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
   // Code for sm_80 that runs on a newer GPU holds no waits.
-  config.numAttrs = overlap && attributes.ptxVersion >= 90;
+  config.numAttrs = attributes.ptxVersion >= 90;
   throw_if(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
-}  // namespace nsa::cuda::decode
+}  // namespace nsa::cuda
