@@ -4,6 +4,8 @@
 #   COMPUTE_SANITIZER   the tool, default: the one on PATH or of $CUDA_HOME
 #   PYTHON              default: python
 #   TOOLS               default: "memcheck racecheck initcheck"
+# racecheck wants a library built with NVCC_APPEND_FLAGS=-DNSA_EXT_RACECHECK (csrc/cuda/device/ptx.cuh
+# says why; name it by NSA_EXT_LIBRARY); with any other it reports races that are none.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")}

@@ -89,7 +89,7 @@ class Attend {
       filler.fill();
       if (n < 0) continue;
       attend(source, unit, unit.begin + cursor.tile * kTileKeys, ring_.wait());
-      ring_.release(lane_);
+      ring_.release();
       const bool last = n + 1 == share.tiles;
       if (last || cursor.tile + 1 == cursor.tiles)
         finish(source, slot(p_, source.branch(), worker, cursor.unit(p_, source.branch()),

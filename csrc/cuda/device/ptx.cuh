@@ -62,6 +62,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(bar)
                : "memory");
 }
+/// A warp arrives as one. In a build for compute-sanitizer's racecheck every lane arrives: the tool
+/// takes an arrival for the accesses of its own lane alone, and does not see a __syncwarp that the
+/// compiler leaves out because the warp has converged.
+#ifdef NSA_EXT_RACECHECK
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+/// kWarpArrivals arrivals, for all that the lanes of the calling warp did before.
+__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t bar) {
+  if (kWarpArrivals == 1) __syncwarp();
+  if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+}
 /// One of the barrier's expected arrivals, made when all earlier cp.async of this thread have
 /// landed.
 __device__ __forceinline__ void mbarrier_arrive_cp_async(uint32_t bar) {

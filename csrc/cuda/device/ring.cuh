@@ -19,7 +19,7 @@ class TileRing {
   __device__ void init_barriers(int threads, int warps) const {
     for (int i = 0; i < stages_; ++i) {
       mbarrier_init(barriers_ + i * kRingBarrierBytes, threads);
-      mbarrier_init(barriers_ + i * kRingBarrierBytes + 8, warps);
+      mbarrier_init(barriers_ + i * kRingBarrierBytes + 8, warps * kWarpArrivals);
     }
   }
 
@@ -40,9 +40,8 @@ class TileRing {
     return tiles_ + read_stage_ * tile_bytes_;
   }
   /// The calling warp is done with the tile that it waited for.
-  __device__ __forceinline__ void release(int lane) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barriers_ + read_stage_ * kRingBarrierBytes + 8);
+  __device__ __forceinline__ void release() {
+    mbarrier_arrive_warp(barriers_ + read_stage_ * kRingBarrierBytes + 8);
     advance(read_stage_, read_parity_);
   }
 

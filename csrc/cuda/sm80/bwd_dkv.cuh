@@ -8,7 +8,7 @@
 // every fragment of Q and dO read from shared memory serves kKeyTiles products. P reaches the
 // second warp through shared memory, rounded to T as the product with dO needs it anyway. Its
 // fragment layout is that of dP, so each lane reads back what the same lane of the first warp
-// wrote.
+// wrote. An mbarrier for each pair and half tile says that P is there.
 #pragma once
 
 #include "cuda/sm80/bwd_kernels.h"
@@ -31,14 +31,13 @@ struct DkvTraits {
   static constexpr int kStageBytes = kQBytes + kDoutBytes;
   static constexpr int kInfoOffset = kStages * kStageBytes;
   static constexpr int kExchangeOffset = kInfoOffset + kStages * sizeof(RowTileInfo);
-  static constexpr int kExchangeBytes = kTaskKeys * kRowTile * 2;
-  static constexpr int kSmemBytes = kExchangeOffset + kExchangeBytes;
+  // Of a pair: P of a tile, then a barrier for each half of it.
+  static constexpr int kExchangeTile = kPairKeys * kRowTile * 2;
+  static constexpr int kExchangeBytes = kExchangeTile + kRowTile / 16 * 8;
+  static constexpr int kSmemBytes = kExchangeOffset + kPairs * kExchangeBytes;
   // K and V pass through the ring's stages on their way into registers.
   static_assert(kTaskKeys * (kDimQk + kDimV) * 2 <= kStages * kStageBytes);
 };
-
-/// Named barriers: one for each pair and half tile, from this number on.
-inline constexpr int kFirstPairBarrier = 1;
 
 /// One warp's part of a row tile. kMakesP: first product K Q^T, second P^T dO; else V dO^T, dS^T Q.
 /// The mask is a template parameter so that the common case is one block of code to schedule.
@@ -46,8 +45,8 @@ template <class T, int kFirstDim, int kSecondDim, int kKeyTiles, bool kMakesP, b
 struct RowTileProducts {
   template <int kFragments, int kColumns>
   static __device__ __forceinline__ void run(uint32_t first_tile, uint32_t second_tile,
-                                             const RowTileInfo& info, uint32_t exchange, int pair,
-                                             int lane, float scale_log2,
+                                             const RowTileInfo& info, uint32_t exchange,
+                                             uint32_t parity, int pair, int lane, float scale_log2,
                                              const uint32_t (&operand)[kKeyTiles][kFragments][4],
                                              float (&acc)[kKeyTiles][kColumns][4]) {
     const PatchReader<kFirstDim, Patch::kColumnsFirst> first_reader(lane);
@@ -65,7 +64,7 @@ struct RowTileProducts {
           mma_16816<T>(x[m][1], operand[m][k], b[2], b[3]);
         }
       }
-      const int barrier = kFirstPairBarrier + pair * (kRowTile / 16) + half;
+      const uint32_t barrier = exchange + kKeyTiles * 16 * kRowTile * 2 + half * 8;
       const uint32_t slot = exchange + ((half * kKeyTiles) * 32 + lane) * 16;
       uint32_t a[kKeyTiles][4];  // P^T or dS^T as the A operand
       if (kMakesP) {
@@ -100,9 +99,9 @@ struct RowTileProducts {
         }
 #pragma unroll
         for (int m = 0; m < kKeyTiles; ++m) store_shared(slot + m * 512, a[m]);
-        named_barrier_arrive(barrier, 64);
+        mbarrier_arrive_warp(barrier);
       } else {
-        named_barrier_sync(barrier, 64);
+        mbarrier_wait(barrier, parity);
 #pragma unroll
         for (int m = 0; m < kKeyTiles; ++m) load_shared(a[m], slot + m * 512);
 #pragma unroll
@@ -211,6 +210,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     __syncthreads();
   }
 
+  const uint32_t exchange =
+      smem_addr(smem + Traits::kExchangeOffset) + pair * Traits::kExchangeBytes;
+  // The __syncthreads of the first tile comes before the first use.
+  if (makes_p && lane < kRowTile / 16)
+    mbarrier_init(exchange + Traits::kExchangeTile + lane * 8, kWarpArrivals);
+
   RowSource<T, kDimQk, kDimV, kThreads> source(args, task, sequence);
   const int tiles = source.tiles();
   const auto load = [&](int tile) {
@@ -224,8 +229,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
   float acc[kKeyTiles][Traits::kMaxDim / 8][4] = {};
   const float scale_log2 = static_cast<float>(p.shape.softmax_scale * 1.4426950408889634);
-  const uint32_t exchange =
-      smem_addr(smem + Traits::kExchangeOffset) + pair * (Traits::kExchangeBytes / Traits::kPairs);
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // the tile is there, and everyone is done with the one before it
@@ -233,16 +236,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     const uint32_t q_tile = ring + (tile % kStages) * Traits::kStageBytes;
     const uint32_t dout_tile = q_tile + Traits::kQBytes;
     const RowTileInfo& info = infos[tile % kStages];
+    const uint32_t parity = tile % 2;
     if (!active) continue;
     if (!makes_p)
       RowTileProducts<T, kDimV, kDimQk, kKeyTiles, false, false>::run(
-          dout_tile, q_tile, info, exchange, pair, lane, scale_log2, operand, acc);
+          dout_tile, q_tile, info, exchange, parity, pair, lane, scale_log2, operand, acc);
     else if (info.masked)
       RowTileProducts<T, kDimQk, kDimV, kKeyTiles, true, true>::run(
-          q_tile, dout_tile, info, exchange, pair, lane, scale_log2, operand, acc);
+          q_tile, dout_tile, info, exchange, parity, pair, lane, scale_log2, operand, acc);
     else
       RowTileProducts<T, kDimQk, kDimV, kKeyTiles, true, false>::run(
-          q_tile, dout_tile, info, exchange, pair, lane, scale_log2, operand, acc);
+          q_tile, dout_tile, info, exchange, parity, pair, lane, scale_log2, operand, acc);
   }
   if (!active) return;
 

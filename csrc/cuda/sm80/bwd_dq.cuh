@@ -260,8 +260,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       else
         tile_products.template run<true>(ring.tile(), rows, keys, acc);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.empty());
+    mbarrier_arrive_warp(ring.empty());
     ring.advance();
   }
 

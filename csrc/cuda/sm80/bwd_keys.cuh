@@ -108,7 +108,7 @@ struct KeyRing {
   __device__ void init(int readers) const {
     for (int i = 0; i < stages; ++i) {
       mbarrier_init(barrier(i), 33);  // the copies of 32 lanes, and the info
-      mbarrier_init(barrier(i) + 8, readers);
+      mbarrier_init(barrier(i) + 8, readers * kWarpArrivals);
     }
   }
 

@@ -135,11 +135,11 @@ class FwdBlock {
         if (view.active) {
           float s[kGroups][8][4];
           scores<T, kDk, kGroups>(s, query, keys, reader_k, ~0u);
-          ring_k.release(lane);
+          ring_k.release();
           mask_scores(p, source, view, warp_row, lane, s);
           accumulate_lse(p, s, rows);
         } else {
-          ring_k.release(lane);
+          ring_k.release();
         }
         fill_k(tile + p.stages_k);
       }
@@ -168,7 +168,7 @@ class FwdBlock {
       if (view.active) {
         float s[kGroups][8][4];
         scores<T, kDk, kGroups>(s, query, keys, reader_k, groups);
-        ring_k.release(lane);
+        ring_k.release();
         if (refill && tile > 0) fill_v(tile - 1 + p.stages_v);
         mask_scores(p, source, view, warp_row, lane, s);
         if constexpr (Traits::kSelect) {
@@ -182,14 +182,14 @@ class FwdBlock {
         for (int m = 0; m < kGroups; ++m) pack_probabilities<T>(packed[m], s[m]);
         if constexpr (Traits::kSelect) selection.advance(tile, lane);
       } else {
-        ring_k.release(lane);
+        ring_k.release();
         if (refill && tile > 0) fill_v(tile - 1 + p.stages_v);
       }
       if (refill) fill_k((Traits::kSelect ? tiles : 0) + tile + p.stages_k);
       if (p.has_output) {
         const uint32_t values = ring_v.wait();
         if (view.active) accumulate<T, kDv, kGroups>(o, packed, values, reader_v, groups);
-        ring_v.release(lane);
+        ring_v.release();
       }
     }
 

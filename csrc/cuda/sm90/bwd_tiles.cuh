@@ -45,8 +45,7 @@ struct RingPosition {
 
 /// One arrival of the calling warp.
 __device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_addr(&barrier));
+  mbarrier_arrive_warp(smem_addr(&barrier));
 }
 
 /// x = A B^T over kDim columns, both tiles K-major; `a` and `b` are where their rows start in the

@@ -65,16 +65,17 @@ struct FwdBlock {
     };
     for (int i = 0; i < args.stages; ++i) {
       init(barriers.full[i], 1);
-      init(barriers.empty[i], kConsumerWarps);
+      init(barriers.empty[i], kConsumerWarps * kWarpArrivals);
     }
     for (uint64_t& barrier : barriers.q_full) init(barrier, 1);
     for (int i = 0; i < kListBuffers; ++i) {
       init(barriers.list_full[i], 1);
-      init(barriers.list_empty[i], kConsumerWarps + 1);  // and the warp that loads the blocks
+      // And the thread that loads the blocks.
+      init(barriers.list_empty[i], kConsumerWarps * kWarpArrivals + 1);
     }
     for (int i = 0; i < kMaxColumnSlots; ++i) {
-      init(barriers.columns_full[i], kConsumerWarps);
-      init(barriers.columns_empty[i], kRankingWarps);
+      init(barriers.columns_full[i], kConsumerWarps * kWarpArrivals);
+      init(barriers.columns_empty[i], kRankingWarps * kWarpArrivals);
     }
     fence_barrier_init();
   }
@@ -99,8 +100,7 @@ struct FwdBlock {
   }
   /// One arrival of the calling warp, for all that its lanes did before.
   __device__ __forceinline__ static void arrive(uint64_t* barrier, const Cursor& at) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_addr(barrier + at.slot));
+    mbarrier_arrive_warp(smem_addr(barrier + at.slot));
   }
 
   /// Moves `index` on to the block's next job that has tokens; false when there is none left.

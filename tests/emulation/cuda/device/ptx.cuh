@@ -41,6 +41,11 @@ inline void mbarrier_arrive(uint32_t bar) {
   --mbarrier(bar).missing;
   mbarrier(bar).complete();
 }
+inline constexpr int kWarpArrivals = 1;
+inline void mbarrier_arrive_warp(uint32_t bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+}
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
   while (mbarrier(bar).phase == parity) emulator::wait_in("mbarrier", static_cast<int>(bar));
 }
