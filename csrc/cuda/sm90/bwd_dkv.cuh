@@ -11,8 +11,8 @@
 // consumer warpgroups owns 64 keys and both read every tile; with lists both
 // own the same keys, take every other tile, and add up at the end.
 //
-// Barriers: `full` of a slot takes the three producer warps and the bytes of Q
-// and dO; `empty` a warp each of the warpgroups that read the slot.
+// Barriers: `full` of a slot takes the three producer warps, their copies, and
+// the bytes of Q and dO; `empty` a warp each of the warpgroups that read the slot.
 #pragma once
 
 #include "cuda/sm90/bwd_rows.cuh"
@@ -67,7 +67,7 @@ class DkvKernel {
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(smem_addr(&smem_.full[i]), 3);
+        mbarrier_init(smem_addr(&smem_.full[i]), kRowArrivals);
         mbarrier_init(smem_addr(&smem_.empty[i]), Shape::kList ? 4 : 8);
       }
       mbarrier_init(smem_addr(&smem_.keys_full), 1);

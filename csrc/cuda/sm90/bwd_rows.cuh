@@ -2,6 +2,7 @@
 // and dO, two others write what the score derivative needs of each row.
 #pragma once
 
+#include "cuda/sm80/bwd_ptx.cuh"
 #include "cuda/sm90/bwd_tiles.cuh"
 
 namespace nsa::cuda::bwd::sm90 {
@@ -53,7 +54,7 @@ struct RowWalk {
 };
 
 /// One warp: copies of the tiles of Q and dO. A list's tokens are loaded one by one, by as many
-/// lanes.
+/// lanes, which read the list a tile ahead.
 template <class Shape, class Smem>
 __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Sequence& sequence,
                           Smem& smem) {
@@ -61,79 +62,95 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
   const int lane = threadIdx.x % 32;
   const int batch = static_cast<int>(sequence.batch), head = walk.task.head;
   const int first = static_cast<int>(sequence.q_first);
-  // Past the end of any tensor: a token that is not there reads as zeros.
-  const int nowhere = static_cast<int>(launch.args.common.p.shape.total_q);
   RingPosition<Shape::kStages> at;
-  for (int tile = 0; tile < walk.tiles; ++tile) {
+  const auto open = [&]() {
     mbarrier_wait(smem_addr(&smem.empty[at.slot]), at.parity ^ 1);
-    const uint32_t full = smem_addr(&smem.full[at.slot]), dst = smem_addr(smem.ring[at.slot]);
-    if (lane == 0) mbarrier_arrive_expect(full, Shape::kStageBytes);
+    if (lane == 0) mbarrier_arrive_expect(smem_addr(&smem.full[at.slot]), Shape::kStageBytes);
     __syncwarp();
-    if (Shape::kList && tile < walk.list_tiles) {
-      for (int box = lane; box < walk.tokens * kPanels; box += 32) {
-        const int slot = box / kPanels, panel = box % kPanels;
-        const int token = walk.listed(tile, slot);
-        const bool is_q = panel < kQPanels;
-        tma_load(dst + panel * kPanelBytes + slot * (kPanelBytes / walk.tokens),
-                 is_q ? &launch.q_token : &launch.dout_token, full,
-                 (is_q ? panel : panel - kQPanels) * 64, 0, head,
-                 token < 0 ? nowhere : first + token, batch);
+  };
+  if constexpr (Shape::kList) {
+    // Past the end of any tensor: a token that is not there reads as zeros.
+    const int nowhere = static_cast<int>(launch.args.common.p.shape.total_q);
+    const auto row_of = [&](int tile, int slot) {
+      const int token = slot < walk.tokens ? walk.listed(tile, slot) : -1;
+      return token < 0 ? nowhere : first + token;
+    };
+    int next = row_of(0, lane);
+    for (int tile = 0; tile < walk.list_tiles; ++tile) {
+      int row = next;
+      next = row_of(tile + 1, lane);
+      open();
+      for (int slot = lane; slot < walk.tokens; slot += 32) {
+        if (slot != lane) row = row_of(tile, slot);
+        const uint32_t full = smem_addr(&smem.full[at.slot]);
+        const uint32_t dst = smem_addr(smem.ring[at.slot]) + (slot << (7 + launch.log2_group));
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel)
+          tma_load(dst + panel * kPanelBytes,
+                   panel < kQPanels ? &launch.q_token : &launch.dout_token, full,
+                   (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head, row, batch);
       }
-    } else if (lane < kPanels) {
-      const bool is_q = lane < kQPanels;
-      tma_load(dst + lane * kPanelBytes, is_q ? &launch.q : &launch.dout, full,
-               (is_q ? lane : lane - kQPanels) * 64, 0, head, first + walk.range_begin(tile),
-               batch);
+      at.advance();
+    }
+  }
+  for (int tile = Shape::kList ? walk.list_tiles : 0; tile < walk.tiles; ++tile) {
+    open();
+    if (lane == 0) {
+      const uint32_t full = smem_addr(&smem.full[at.slot]), dst = smem_addr(smem.ring[at.slot]);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        tma_load(dst + panel * kPanelBytes, panel < kQPanels ? &launch.q : &launch.dout, full,
+                 (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head,
+                 first + walk.range_begin(tile), batch);
     }
     at.advance();
   }
 }
 
-/// Two warps, a row a lane, half of the tile each: statistics and key ranges, those of the next
-/// tile asked for before this one's slot is waited for.
+/// Arrivals on a tile's `full` barrier: the loading warp's, the describing warps', and one of each of
+/// their lanes when its copies have landed.
+inline constexpr int kRowArrivals = 1 + 2 + 64;
+
+/// Two warps, a row a lane, half of the tile each: key ranges, and copies of the statistics, which
+/// take as long as memory does and are not waited for here.
 template <class Shape, class Smem>
 __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
                               const Sequence& sequence, int half, Smem& smem) {
   const AttnBwd& p = launch.args.common.p;
   const int row = half * 32 + threadIdx.x % 32, group = launch.args.common.group;
   const int slot = row >> launch.log2_group, head = row & ((1 << launch.log2_group) - 1);
-  const auto branch_of = [&](int tile) {
-    return Shape::kList && tile < walk.list_tiles ? int{kSelected} : launch.args.plan.range_branch;
-  };
-  struct Row {
-    int token;
-    float lse_log2, delta, gate;
-  };
-  const auto fetch = [&](int tile) {
-    // A row that is not there has gate 0 and exponentials 0: it adds nothing.
-    Row result{-1, INFINITY, 0.0f, 0.0f};
-    if (head < group) result.token = walk.token(tile, slot);
-    if (result.token < 0) return result;
-    const int64_t token = (branch_of(tile) * p.shape.heads_kv + walk.task.head) * p.shape.total_q +
-                          sequence.q_row + result.token;
-    const float4 x =
-        __ldg(reinterpret_cast<const float4*>(launch.args.common.stats + token * group + head));
-    result.lse_log2 = x.x;
-    result.delta = x.y;
-    result.gate = x.z;
-    return result;
+  const auto token_of = [&](int tile) {
+    return head < group && tile < walk.tiles ? walk.token(tile, slot) : -1;
   };
   RingPosition<Shape::kStages> at;
-  Row next{};
-  if (walk.tiles > 0) next = fetch(0);
+  int next = token_of(0);
   for (int tile = 0; tile < walk.tiles; ++tile) {
-    const Row now = next;
-    if (tile + 1 < walk.tiles) next = fetch(tile + 1);
+    const int token = next;
+    next = token_of(tile + 1);
+    const int branch = Shape::kList && tile < walk.list_tiles ? int{kSelected}
+                                                              : launch.args.plan.range_branch;
     KeyRange keys{0, Shape::kTaskKeys};
-    if (now.token >= 0) {
-      keys = visible_keys(branch_of(tile), sequence.position(now.token), p.config);
+    if (token >= 0) {
+      keys = visible_keys(branch, sequence.position(token), p.config);
       keys = {keys.begin - walk.task.key, keys.end - walk.task.key};
     }
     mbarrier_wait(smem_addr(&smem.empty[at.slot]), at.parity ^ 1);
     RowTileInfo& info = smem.info[at.slot];
-    info.lse_log2[row] = now.lse_log2;
-    info.delta[row] = now.delta;
-    info.gate[row] = now.gate;
+    if (token >= 0) {
+      const RowStats* stats =
+          launch.args.common.stats +
+          ((branch * p.shape.heads_kv + walk.task.head) * p.shape.total_q + sequence.q_row + token) *
+              group +
+          head;
+      cp_async_4(smem_addr(&info.lse_log2[row]), &stats->lse_log2, true);
+      cp_async_4(smem_addr(&info.delta[row]), &stats->delta, true);
+      cp_async_4(smem_addr(&info.gate[row]), &stats->gate, true);
+    } else {
+      // A row that is not there has gate 0 and exponentials 0: it adds nothing.
+      info.lse_log2[row] = INFINITY;
+      info.delta[row] = info.gate[row] = 0.0f;
+    }
+    mbarrier_arrive_cp_async(smem_addr(&smem.full[at.slot]));
     info.key_begin[row] = keys.begin;
     info.key_end[row] = keys.end;
 #pragma unroll
