@@ -107,8 +107,8 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
   }
 }
 
-/// Arrivals on a tile's `full` barrier: the loading warp's, the describing warps', and one of each of
-/// their lanes when its copies have landed.
+/// Arrivals on a tile's `full` barrier: the loading warp's, the describing warps', and one of each
+/// of their lanes when its copies have landed.
 inline constexpr int kRowArrivals = 1 + 2 + 64;
 
 /// Two warps, a row a lane, half of the tile each: key ranges, and copies of the statistics, which
@@ -127,8 +127,8 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
   for (int tile = 0; tile < walk.tiles; ++tile) {
     const int token = next;
     next = token_of(tile + 1);
-    const int branch = Shape::kList && tile < walk.list_tiles ? int{kSelected}
-                                                              : launch.args.plan.range_branch;
+    const int branch =
+        Shape::kList && tile < walk.list_tiles ? int{kSelected} : launch.args.plan.range_branch;
     KeyRange keys{0, Shape::kTaskKeys};
     if (token >= 0) {
       keys = visible_keys(branch, sequence.position(token), p.config);
@@ -137,11 +137,11 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
     mbarrier_wait(smem_addr(&smem.empty[at.slot]), at.parity ^ 1);
     RowTileInfo& info = smem.info[at.slot];
     if (token >= 0) {
-      const RowStats* stats =
-          launch.args.common.stats +
-          ((branch * p.shape.heads_kv + walk.task.head) * p.shape.total_q + sequence.q_row + token) *
-              group +
-          head;
+      const RowStats* stats = launch.args.common.stats +
+                              ((branch * p.shape.heads_kv + walk.task.head) * p.shape.total_q +
+                               sequence.q_row + token) *
+                                  group +
+                              head;
       cp_async_4(smem_addr(&info.lse_log2[row]), &stats->lse_log2, true);
       cp_async_4(smem_addr(&info.delta[row]), &stats->delta, true);
       cp_async_4(smem_addr(&info.gate[row]), &stats->gate, true);
