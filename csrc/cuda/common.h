@@ -65,24 +65,20 @@ void check_rows_aligned(const View& view, const char* name, int64_t batch, int64
                               "bytes, its strides of 8 elements");
 }
 
+/// Launches a kernel; an error throws under the kernel's name.
+template <class... Parameters, class... Args>
+void launch_kernel(void (*kernel)(Parameters...), const char* name, dim3 blocks, int threads,
+                   int64_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
+                   const Args&... args) {
 #ifndef NSA_EMULATION
-/// Launches a kernel that takes one struct; an error throws under the kernel's name.
-template <class Args>
-void launch_kernel(void (*kernel)(Args), const char* name, unsigned blocks, int threads,
-                   int64_t shared_bytes, cudaStream_t stream, const Args& args) {
   allow_shared_memory(kernel, shared_bytes);
-  kernel<<<blocks, threads, static_cast<size_t>(shared_bytes), stream>>>(args);
+  kernel<<<blocks, threads, static_cast<size_t>(shared_bytes), stream>>>(args...);
   check_launch(name);
-}
-#else
-/// The same on the CPU (tests/emulation).
-template <class Args>
-void launch_kernel(void (*kernel)(Args), const char* name, unsigned blocks, int threads,
-                   int64_t shared_bytes, cudaStream_t, const Args& args) {
-  if (!emulator::run(blocks, threads, shared_bytes, [&] { kernel(args); }))
+#else  // on the CPU (tests/emulation)
+  if (!emulator::run(blocks, threads, shared_bytes, [&] { kernel(args...); }))
     throw std::runtime_error(std::string(name) + ": too much shared memory");
-}
 #endif
+}
 
 template <class Int>
 __host__ __device__ constexpr Int ceil_div(Int a, Int b) {

@@ -149,14 +149,13 @@ void later(std::function<void()> copy) { copies.push_back(std::move(copy)); }
 
 uint32_t* words(int lane) { return warp_words[current.warp()][lane]; }
 
-bool run(int64_t blocks, int count, int64_t shared_bytes, const std::function<void()>& kernel) {
+bool run(dim3 blocks, int count, int64_t shared_bytes, const std::function<void()>& kernel) {
   if (shared_bytes > kSharedBytes) return false;
   body = &kernel;
-  current.grid = dim3(static_cast<unsigned>(blocks));
-  for (int64_t block = 0; block < blocks; ++block) {
-    current.block.x = static_cast<unsigned>(block);
-    run_block(count);
-  }
+  current.grid = blocks;
+  current.block_size = dim3(static_cast<unsigned>(count));
+  for (current.block.y = 0; current.block.y < blocks.y; ++current.block.y)
+    for (current.block.x = 0; current.block.x < blocks.x; ++current.block.x) run_block(count);
   return true;
 }
 
@@ -171,6 +170,7 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount            ? 3
            : attribute == cudaDevAttrComputeCapabilityMajor       ? 9

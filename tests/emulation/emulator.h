@@ -19,6 +19,8 @@
 #define __launch_bounds__(...)
 #undef __grid_constant__
 #define __grid_constant__
+#undef __shared__
+#define __shared__ static  // blocks run one after the other
 #define __CUDA_ARCH_FEAT_SM90_ALL
 #define NSA_EMULATION
 
@@ -28,7 +30,7 @@ inline constexpr int kSharedBytes = 227 * 1024, kWarps = 32;
 
 struct Thread {
   uint3 index, block;
-  dim3 grid;
+  dim3 grid, block_size;
   int number() const { return static_cast<int>(index.x); }
   int warp() const { return number() / 32; }
   int lane() const { return number() % 32; }
@@ -55,7 +57,7 @@ uint32_t* words(int lane);
 
 /// Calls kernel for each block and thread; false where more shared memory is asked for than there
 /// is.
-bool run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+bool run(dim3 blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
 
 template <class T>
 T exchange(T value, int lane) {
@@ -73,6 +75,7 @@ T exchange(T value, int lane) {
 #define threadIdx (emulator::current.index)
 #define blockIdx (emulator::current.block)
 #define gridDim (emulator::current.grid)
+#define blockDim (emulator::current.block_size)
 
 inline void __syncthreads() { emulator::sync_block(); }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
@@ -96,6 +99,19 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   for (int lane = 0; lane < 32; ++lane) result |= *emulator::words(lane) << lane;
   emulator::sync_warp();
   return result;
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  *emulator::words(emulator::current.lane()) = static_cast<uint32_t>(value);
+  emulator::sync_warp();
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    result |= unsigned{*emulator::words(lane) == static_cast<uint32_t>(value)} << lane;
+  emulator::sync_warp();
+  return result;
+}
+template <class T>
+T __ldg(const T* from) {
+  return *from;
 }
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }

@@ -13,6 +13,12 @@ __device__ __forceinline__ char* dynamic_shared_memory() {
   return memory;
 }
 
+/// The same aligned to 1024 bytes, for kernels that have no other shared memory.
+__device__ __forceinline__ char* aligned_shared_memory() {
+  extern __shared__ __align__(1024) char aligned_memory[];
+  return aligned_memory;
+}
+
 /// Arrives on the barrier and adds `bytes` to what its phase still has to receive.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)

@@ -176,28 +176,27 @@ __global__ void __launch_bounds__(kUnionThreads)
 void launch_count_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
   const int64_t warps = p.shape.heads_kv * index.chunks;
   if (warps > 0) {
-    walk_selection<false><<<grid_size(ceil_div<int64_t>(warps, 4)), 128, 0, stream>>>(p, index);
-    check_launch("walk_selection");
+    launch_kernel(walk_selection<false>, "walk_selection", grid_size(ceil_div<int64_t>(warps, 4)),
+                  128, 0, stream, p, index);
   }
   if (index.blocks.count == 0) return;
   const dim3 grid(ceil_div(index.blocks.count, 128), static_cast<unsigned>(p.shape.heads_kv));
-  scan_chunks<<<grid, 128, 0, stream>>>(index);
-  check_launch("scan_chunks");
+  launch_kernel(scan_chunks, "scan_chunks", grid, 128, 0, stream, index);
 }
 
 void launch_fill_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
   const int64_t warps = p.shape.heads_kv * index.chunks;
   if (warps == 0) return;
-  walk_selection<true><<<grid_size(ceil_div<int64_t>(warps, 4)), 128, 0, stream>>>(p, index);
-  check_launch("walk_selection");
+  launch_kernel(walk_selection<true>, "walk_selection", grid_size(ceil_div<int64_t>(warps, 4)), 128,
+                0, stream, p, index);
 }
 
 void launch_union_selection(const DqArgs& args, UnionBlock* blocks, int32_t* counts,
                             cudaStream_t stream) {
   const int64_t tiles = args.common.p.shape.heads_kv * args.tiles.count;
   if (tiles == 0) return;
-  unite_selection<<<grid_size(tiles), kUnionThreads, 0, stream>>>(args, blocks, counts);
-  check_launch("unite_selection");
+  launch_kernel(unite_selection, "unite_selection", grid_size(tiles), kUnionThreads, 0, stream,
+                args, blocks, counts);
 }
 
 }  // namespace nsa::cuda::bwd

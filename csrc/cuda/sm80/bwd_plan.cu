@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void launch_plan_key_tasks(const AttnBwd& p, const KeyPlan& plan, const InvertedIndex& index,
                            cudaStream_t stream) {
-  plan_key_tasks<<<1, kThreads, 0, stream>>>(p, plan, index);
-  check_launch("plan_key_tasks");
+  launch_kernel(plan_key_tasks, "plan_key_tasks", 1, kThreads, 0, stream, p, plan, index);
 }
 
 }  // namespace nsa::cuda::bwd

@@ -108,19 +108,16 @@ __global__ void zero_unused_rows(const __grid_constant__ BwdArgs args) {
 template <class T>
 void launch_bwd_preprocess(const BwdArgs& args, cudaStream_t stream) {
   const unsigned grid = grid_size(args.p.shape.total_q);
-  if (args.p.shape.dim_v == 64)
-    preprocess_rows<T, 64><<<grid, kThreads, 0, stream>>>(args);
-  else
-    preprocess_rows<T, 128><<<grid, kThreads, 0, stream>>>(args);
-  check_launch("preprocess_rows");
+  launch_kernel(args.p.shape.dim_v == 64 ? preprocess_rows<T, 64> : preprocess_rows<T, 128>,
+                "preprocess_rows", grid, kThreads, 0, stream, args);
 }
 
 template <class T>
 void launch_zero_unused_rows(const BwdArgs& args, cudaStream_t stream) {
   const int64_t rows = args.p.shape.total_k / args.p.config.block_stride;
   if (rows == 0 || args.p.shape.batch == 0) return;
-  zero_unused_rows<T><<<grid_size(ceil_div<int64_t>(rows, 4)), 128, 0, stream>>>(args);
-  check_launch("zero_unused_rows");
+  launch_kernel(zero_unused_rows<T>, "zero_unused_rows", grid_size(ceil_div<int64_t>(rows, 4)), 128,
+                0, stream, args);
 }
 
 template void launch_bwd_preprocess<__nv_bfloat16>(const BwdArgs&, cudaStream_t);

@@ -45,8 +45,8 @@ template <class T>
 void launch_bwd_sum(const DkvArgs& args, cudaStream_t stream) {
   const int64_t tiles = args.common.p.shape.heads_kv * args.plan.groups.count * args.plan.parts;
   if (tiles == 0) return;
-  sum_partials<T><<<dim3(grid_size(tiles), kBlocksPerTile), kThreads, 0, stream>>>(args);
-  check_launch("sum_partials");
+  launch_kernel(sum_partials<T>, "sum_partials", dim3(grid_size(tiles), kBlocksPerTile), kThreads,
+                0, stream, args);
 }
 
 template void launch_bwd_sum<__nv_bfloat16>(const DkvArgs&, cudaStream_t);

@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is
                                   // never launched
-  extern __shared__ __align__(1024) char smem[];
+  char* const smem = aligned_shared_memory();
   const int task = task_of_block<Shape::kList>(launch.args.plan);
   if (task >= 0) DkvKernel<Shape>(launch, launch.args.plan.tasks[task], smem).run();
 #endif
@@ -386,10 +386,8 @@ void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
       Shape::kList ? plan.max_tasks
                    : launch.args.common.p.shape.heads_kv * plan.groups.count * plan.max_pieces;
   if (blocks == 0) return;
-  auto* kernel = bwd_dkv_kernel<Shape>;
-  allow_shared_memory(kernel, sizeof(typename Shape::Smem));
-  kernel<<<grid_size(blocks), kThreads, sizeof(typename Shape::Smem), stream>>>(launch);
-  check_launch("sm90::bwd_dkv_kernel");
+  launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), kThreads,
+                sizeof(typename Shape::Smem), stream, launch);
 }
 
 template <class T, int kDimQk, int kDimV>

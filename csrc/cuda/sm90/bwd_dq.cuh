@@ -521,7 +521,7 @@ template <class Shape>
 __global__ void __launch_bounds__(kThreads, 1)
     bwd_dq_kernel(const __grid_constant__ DqLaunch launch) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
-  extern __shared__ __align__(1024) char smem[];
+  char* const smem = aligned_shared_memory();
   DqKernel<Shape>(launch, smem).run();
 #endif
 }
@@ -546,11 +546,9 @@ void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
   int device, multiprocessors;
   NSA_CUDA_CHECK(cudaGetDevice(&device));
   NSA_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  auto* kernel = bwd_dq_kernel<Shape>;
-  allow_shared_memory(kernel, sizeof(typename Shape::Smem));
-  kernel<<<std::min(jobs, static_cast<unsigned>(multiprocessors)), kThreads,
-           sizeof(typename Shape::Smem), stream>>>(launch);
-  check_launch("sm90::bwd_dq_kernel");
+  launch_kernel(bwd_dq_kernel<Shape>, "sm90::bwd_dq_kernel",
+                std::min(jobs, static_cast<unsigned>(multiprocessors)), kThreads,
+                sizeof(typename Shape::Smem), stream, launch);
 }
 
 }  // namespace nsa::cuda::bwd::sm90

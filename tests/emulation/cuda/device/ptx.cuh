@@ -1,11 +1,13 @@
-// csrc/cuda/device/ptx.cuh for the emulator: what the Hopper forward uses of it.
+// csrc/cuda/device/ptx.cuh for the emulator: what the Hopper kernels use of it.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdlib>
+#include <functional>
 #include <type_traits>
+#include <vector>
 
 #include "emulator.h"
 
@@ -49,6 +51,18 @@ inline void mbarrier_arrive_warp(uint32_t bar) {
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
   while (mbarrier(bar).phase == parity) emulator::wait_in("mbarrier", static_cast<int>(bar));
 }
+/// Copies of a thread that no arrival waits for yet.
+inline std::vector<std::function<void()>>& thread_copies() {
+  static std::vector<std::function<void()>> copies[32 * emulator::kWarps];
+  return copies[emulator::current.number()];
+}
+inline void mbarrier_arrive_cp_async(uint32_t bar) {
+  emulator::later([bar, copies = std::move(thread_copies())] {
+    for (const auto& copy : copies) copy();
+    mbarrier_arrive(bar);
+  });
+  thread_copies().clear();
+}
 inline void named_barrier_sync(int id, int threads) { emulator::sync_named(id, threads); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
@@ -70,6 +84,48 @@ float2 unpack2(uint32_t bits) {
   T pair[2];
   std::memcpy(static_cast<void*>(pair), &bits, 4);
   return {static_cast<float>(pair[0]), static_cast<float>(pair[1])};
+}
+
+/// Lane 8 j + i names row i of 8 x 8 matrix j; r[j] is row lane / 4, columns 2 (lane % 4) on.
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
+  const int lane = emulator::current.lane();
+  *emulator::words(lane) = addr;
+  emulator::sync_warp();
+  for (int j = 0; j < 4; ++j)
+    std::memcpy(&r[j], emulator::shared_pointer(*emulator::words(8 * j + lane / 4) + lane % 4 * 4),
+                4);
+  emulator::sync_warp();
+}
+
+/// The matrices transposed: r[j] is column lane / 4, rows 2 (lane % 4) on.
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
+  const int lane = emulator::current.lane();
+  *emulator::words(lane) = addr;
+  emulator::sync_warp();
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 2; ++i)
+      std::memcpy(
+          reinterpret_cast<char*>(&r[j]) + 2 * i,
+          emulator::shared_pointer(*emulator::words(8 * j + lane % 4 * 2 + i)) + lane / 4 * 2, 2);
+  emulator::sync_warp();
+}
+/// c += a b; fragments as in csrc/cuda/device/ptx.cuh.
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const int lane = emulator::current.lane();
+  uint32_t* own = emulator::words(lane);
+  std::copy(a, a + 4, own);
+  own[4] = b0;
+  own[5] = b1;
+  emulator::sync_warp();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; k += 2) {
+      const int column = lane % 4 * 2 + i % 2;
+      const float2 x = unpack2<T>(emulator::words(lane / 4 * 4 + k % 8 / 2)[i / 2 + k / 8 * 2]);
+      const float2 y = unpack2<T>(emulator::words(column * 4 + k % 8 / 2)[4 + k / 8]);
+      c[i] += x.x * y.x + x.y * y.y;
+    }
+  emulator::sync_warp();
 }
 
 inline float to_float(bf16 x) { return __bfloat162float(x); }

@@ -12,6 +12,7 @@
 namespace nsa::cuda {
 
 inline char* dynamic_shared_memory() { return emulator::shared_memory(); }
+inline char* aligned_shared_memory() { return emulator::shared_memory() - 16; }
 
 /// The axes of a map from inner to outer, strides in bytes. A CUtensorMap holds its number.
 struct EmulatedMap {
@@ -33,7 +34,7 @@ inline void fence_barrier_init() {}
 /// Rows of 128 bytes with the 128-byte swizzle; zeros outside of the tensor.
 inline void emulate_load(uint32_t dst, const CUtensorMap* map, uint32_t bar,
                          const std::array<int, 5>& at) {
-  if (dst % 1024 != 0) std::abort();
+  if (dst % 128 != 0) std::abort();
   int number;
   std::memcpy(&number, map, sizeof number);
   const EmulatedMap m = emulated_maps().at(number);
@@ -50,7 +51,8 @@ inline void emulate_load(uint32_t dst, const CUtensorMap* map, uint32_t bar,
         src += index * m.stride[axis];
       }
       for (int chunk = 0; chunk < 8; ++chunk) {
-        char* to = emulator::shared_pointer(dst + row * 128 + ((chunk ^ (row & 7)) << 4));
+        const uint32_t line = dst + row * 128;
+        char* to = emulator::shared_pointer(line + ((chunk ^ (line >> 7 & 7)) << 4));
         const int64_t column = at[0] + chunk * 8;
         if (inside && column < m.size[0]) {
           std::memcpy(to, src + column * 2, 16);

@@ -67,11 +67,16 @@ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
 }
 
 template <class T, int kN>
-void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+void wgmma_ss_first(float (&d)[kN / 2], uint64_t a, uint64_t b) {
+  wgmma_ss<T, kN>(d, a, b, false);
+}
+
+/// A from the registers of the warp.
+template <class T>
+void register_rows(float (&rows)[2][16], const uint32_t* a) {
   const int lane = emulator::current.lane();
   std::copy(a, a + 4, emulator::words(lane));
   emulator::sync_warp();
-  float rows[2][16];
   for (int half = 0; half < 2; ++half) {
     for (int k = 0; k < 16; k += 2) {
       const float2 pair = unpack2<T>(emulator::words(lane / 4 * 4 + k % 8 / 2)[half + k / 8 * 2]);
@@ -80,7 +85,22 @@ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
     }
   }
   emulator::sync_warp();
+}
+template <class T, int kN>
+void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+  float rows[2][16];
+  register_rows<T>(rows, a);
   multiply<kN>(d, rows, true, [&](int n, int k) { return mn_major<T>(b, n, k); });
+}
+template <class T, int kN>
+void wgmma_rs_k_major(float (&d)[kN / 2], const uint32_t* a, uint64_t b, bool accumulate = true) {
+  float rows[2][16];
+  register_rows<T>(rows, a);
+  multiply<kN>(d, rows, accumulate, [&](int n, int k) { return k_major<T>(b, n, k); });
+}
+template <class T, int kN>
+void wgmma_rs_k_major_first(float (&d)[kN / 2], const uint32_t* a, uint64_t b) {
+  wgmma_rs_k_major<T, kN>(d, a, b, false);
 }
 
 }  // namespace nsa::cuda
