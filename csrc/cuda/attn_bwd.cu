@@ -20,7 +20,7 @@ namespace {
 // memory: at 65536 tokens 200 MB.
 constexpr int64_t kTargetTasks = 3072, kHopperTargetTasks = 1536, kMinSplits = 1024;
 constexpr int64_t kMinTaskRows = 4096;
-constexpr int64_t kMinChunkRows = 256;  // 1024 warps sort the lists of 65536 queries x 4 heads
+constexpr int64_t kMinChunkRows = 64, kSortingWarps = 1024;
 
 /// Which kernels of a call are those for Hopper.
 struct Hopper {
@@ -125,7 +125,8 @@ Job make_job(const AttnBwd& p, const Hopper& hopper, void* memory) {
     index.blocks =
         make_tile_map(s.cu_seqlens_k, s.batch, s.seqlen_k, s.total_k, 1, p.config.select_size);
     // Cursors take no more memory than the lists themselves.
-    const int64_t chunk = std::max<int64_t>(kMinChunkRows, index.blocks.count / p.index_count + 1);
+    const int64_t chunk = std::max({kMinChunkRows, ceil_div(s.total_q * s.heads_kv, kSortingWarps),
+                                    index.blocks.count / p.index_count + int64_t{1}});
     index.chunk_rows = static_cast<int>(chunk);
     index.chunks = static_cast<int>(ceil_div(s.total_q, chunk));
     const int64_t lists = s.heads_kv * index.blocks.count;

@@ -1,5 +1,8 @@
 // The selection as the backward needs it: who chose a block (key-stationary dK/dV), and what the
 // tokens of a query tile chose together (query-stationary dQ). Both are the same bits every time.
+#include <algorithm>
+
+#include "cuda/device/tma.cuh"
 #include "cuda/sm80/bwd_kernels.h"
 #include "cuda/sm80/bwd_ptx.cuh"
 #include "cuda/sm80/bwd_sequence.cuh"
@@ -22,6 +25,7 @@ __device__ __forceinline__ LaneBlocks unique_blocks(LaneBlocks x, int count, int
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if (x.block[i] < 0 || x.block[i] >= num_candidates) x.block[i] = -1;
+    if (i == 1 && count <= 32) break;  // all of them absent
     const uint32_t same = __match_any_sync(kFullWarp, x.block[i]);
     if (lane != __ffs(same) - 1) x.block[i] = -1;
   }
@@ -39,25 +43,77 @@ __device__ __forceinline__ int num_candidates(int t, const BlockConfig& config) 
   return t < 0 ? 0 : t / config.select_size + 1;
 }
 
+constexpr int kAhead = 8;  // rows whose blocks are asked for together
+constexpr int kMaxWalkWarps = 4;
+constexpr int kMaxSharedCursors = 12 * 1024;  // 48 KB
+
 /// A warp walks one chunk of query rows in order and keeps a cursor for every block: first to
-/// count, then, the cursors turned into offsets, to write the lists. Blocks of a row differ, so its
-/// lanes touch different cursors.
+/// count, then, the cursors turned into places of the lists, to write them. Blocks of a row differ,
+/// so its lanes touch different cursors. They are in shared memory where they fit: a row's turn is
+/// as long as a read and a write of them.
 template <bool kFill>
-__global__ void __launch_bounds__(128)
-    walk_selection(const __grid_constant__ AttnBwd p, const InvertedIndex index) {
-  const int lane = threadIdx.x % 32;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+__global__ void __launch_bounds__(32 * kMaxWalkWarps)
+    walk_selection(const __grid_constant__ AttnBwd p, const InvertedIndex index,
+                   bool shared_cursors) {
+  int32_t* const cursors = reinterpret_cast<int32_t*>(dynamic_shared_memory());
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / 32;
   if (warp >= p.shape.heads_kv * index.chunks) return;
   const int64_t head = warp / index.chunks;
   const int num_blocks = index.blocks.count;
-  int32_t* cursor = index.cursor + warp * num_blocks;
-  const int32_t* begin = index.begin + head * num_blocks;
-  if (!kFill) {
-    for (int i = lane; i < num_blocks; i += 32) cursor[i] = 0;
-    __syncwarp();
-  }
+  int32_t* const saved = index.cursor + warp * num_blocks;
+  int32_t* const cursor = shared_cursors ? cursors + threadIdx.x / 32 * num_blocks : saved;
+#pragma unroll 8
+  for (int i = lane; i < num_blocks; i += 32)
+    cursor[i] = kFill ? saved[i] + index.begin[head * num_blocks + i] : 0;
+  __syncwarp();
   const int64_t first = (warp % index.chunks) * index.chunk_rows;
   const int64_t last = min(first + index.chunk_rows, p.shape.total_q);
+  const View<const int32_t> view{p.block_indices.ptr, p.block_indices.batch, p.block_indices.seq,
+                                 p.block_indices.head};
+  const auto walk = [&](Sequence sequence, int b) {
+    const auto load = [&](int64_t row) -> LaneBlocks {
+      if (row >= last) return {{-1, -1}};
+      int64_t offset = row * view.seq;
+      if (!p.shape.cu_seqlens_q) {
+        const int batch = static_cast<int>(row) / static_cast<int>(p.shape.seqlen_q);
+        offset = batch * view.batch + (row - batch * p.shape.seqlen_q) * view.seq;
+      }
+      return load_blocks(view.ptr + offset + head * view.head, p.index_count, lane);
+    };
+    int i = static_cast<int>(first - sequence.q_row);
+    LaneBlocks next[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) next[j] = load(first + j);
+    for (int64_t base = first; base < last; base += kAhead) {
+      LaneBlocks current[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        current[j] = next[j];
+        next[j] = load(base + kAhead + j);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (base + j >= last) return;
+        while (i >= sequence.q_len) {
+          if (++b >= p.shape.batch) return;  // rows past the last sequence
+          i -= sequence.q_len;
+          sequence = load_sequence(p.shape, b);
+        }
+        const LaneBlocks blocks = unique_blocks(current[j], p.index_count, lane,
+                                                num_candidates(sequence.position(i), p.config));
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if (blocks.block[k] < 0) continue;
+          int32_t& place = cursor[index.blocks.first(b) + blocks.block[k]];
+          if (kFill) index.queries[place] = i;
+          ++place;
+        }
+        ++i;
+        __syncwarp();
+      }
+    }
+  };
   // The sequence that holds the chunk's first row: the last one that starts at or before it.
   int b = 0;
   if (p.shape.cu_seqlens_q) {
@@ -72,51 +128,46 @@ __global__ void __launch_bounds__(128)
   } else {
     b = static_cast<int>(first / p.shape.seqlen_q);
   }
-  Sequence sequence = load_sequence(p.shape, b);
-  const auto load = [&](int64_t row) {  // of the sequence
-    const int32_t* list = sequence.queries(p.block_indices) + row * p.block_indices.seq;
-    return load_blocks(list + head * p.block_indices.head, p.index_count, lane);
-  };
-  int i = static_cast<int>(first - sequence.q_row);
-  LaneBlocks next;
-  bool loaded = false;
-  for (int64_t row = first; row < last; ++row, ++i) {
-    while (i >= sequence.q_len) {
-      if (++b >= p.shape.batch) return;  // rows past the last sequence
-      i -= sequence.q_len;
-      sequence = load_sequence(p.shape, b);
-      loaded = false;
-    }
-    if (!loaded) next = load(i);
-    const LaneBlocks current = next;
-    loaded = row + 1 < last && i + 1 < sequence.q_len;
-    if (loaded) next = load(i + 1);
-    const LaneBlocks blocks =
-        unique_blocks(current, p.index_count, lane, num_candidates(sequence.position(i), p.config));
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (blocks.block[j] < 0) continue;
-      const int number = index.blocks.first(b) + blocks.block[j];
-      const int position = cursor[number];
-      cursor[number] = position + 1;
-      if (kFill) index.queries[begin[number] + position] = i;
-    }
-    __syncwarp();
-  }
+  walk(load_sequence(p.shape, b), b);
+  if (kFill || !shared_cursors) return;
+  __syncwarp();
+#pragma unroll 8
+  for (int i = lane; i < num_blocks; i += 32) saved[i] = cursor[i];
+}
+
+template <bool kFill>
+void launch_walk_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
+  const int64_t warps = p.shape.heads_kv * index.chunks;
+  if (warps == 0) return;
+  const int blocks = index.blocks.count;
+  const bool shared_cursors = blocks <= kMaxSharedCursors;
+  const int per_block = shared_cursors
+                            ? std::clamp(kMaxSharedCursors / std::max(blocks, 1), 1, kMaxWalkWarps)
+                            : kMaxWalkWarps;
+  launch_kernel(walk_selection<kFill>, "walk_selection",
+                grid_size(ceil_div<int64_t>(warps, per_block)), 32 * per_block,
+                shared_cursors ? int64_t{4} * per_block * blocks : 0, stream, p, index,
+                shared_cursors);
 }
 
 /// A thread turns one block's counts per chunk into offsets.
-__global__ void __launch_bounds__(128) scan_chunks(const InvertedIndex index) {
-  const int block = blockIdx.x * 128 + threadIdx.x;
+__global__ void __launch_bounds__(32) scan_chunks(const InvertedIndex index) {
+  const int block = blockIdx.x * 32 + threadIdx.x;
   const int64_t head = blockIdx.y, num_blocks = index.blocks.count;
   if (block >= num_blocks) return;
   int32_t* cursor = index.cursor + head * index.chunks * num_blocks + block;
   int sum = 0;
-#pragma unroll 8
-  for (int chunk = 0; chunk < index.chunks; ++chunk) {
-    const int count = cursor[chunk * num_blocks];
-    cursor[chunk * num_blocks] = sum;
-    sum += count;
+  constexpr int kBatch = 32;  // chunks that are read together
+  for (int base = 0; base < index.chunks; base += kBatch) {
+    int counts[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      counts[i] = base + i < index.chunks ? cursor[(base + i) * num_blocks] : 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (base + i < index.chunks) cursor[(base + i) * num_blocks] = sum;
+      sum += counts[i];
+    }
   }
   index.count[head * num_blocks + block] = sum;
 }
@@ -174,21 +225,14 @@ __global__ void __launch_bounds__(kUnionThreads)
 }  // namespace
 
 void launch_count_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
-  const int64_t warps = p.shape.heads_kv * index.chunks;
-  if (warps > 0) {
-    launch_kernel(walk_selection<false>, "walk_selection", grid_size(ceil_div<int64_t>(warps, 4)),
-                  128, 0, stream, p, index);
-  }
+  launch_walk_selection<false>(p, index, stream);
   if (index.blocks.count == 0) return;
-  const dim3 grid(ceil_div(index.blocks.count, 128), static_cast<unsigned>(p.shape.heads_kv));
-  launch_kernel(scan_chunks, "scan_chunks", grid, 128, 0, stream, index);
+  const dim3 grid(ceil_div(index.blocks.count, 32), static_cast<unsigned>(p.shape.heads_kv));
+  launch_kernel(scan_chunks, "scan_chunks", grid, 32, 0, stream, index);
 }
 
 void launch_fill_selection(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream) {
-  const int64_t warps = p.shape.heads_kv * index.chunks;
-  if (warps == 0) return;
-  launch_kernel(walk_selection<true>, "walk_selection", grid_size(ceil_div<int64_t>(warps, 4)), 128,
-                0, stream, p, index);
+  launch_walk_selection<true>(p, index, stream);
 }
 
 void launch_union_selection(const DqArgs& args, UnionBlock* blocks, int32_t* counts,
