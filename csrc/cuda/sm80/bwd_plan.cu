@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads)
       SplitTile& tile = plan.tiles[id * plan.parts + part];
       if (keys <= 0) {
         tile = SplitTile{};
+        tile.task = place_of.tasks;
         continue;
       }
       const QueryRange range = range_queries(sequence, plan.range_branch, key, keys, p.config);

@@ -354,18 +354,31 @@ class DkvKernel {
   Smem& smem_;
 };
 
-/// Which task a block takes; -1: none. Blocks of a range go head by head and
-/// piece by piece, the last queries first, so that blocks that run together
-/// walk the same rows: Q and dO of a head, 512 MB at 65536 tokens, then come
-/// from L2 rather than once for every 128 keys from memory.
-template <bool kList>
-__device__ __forceinline__ int task_of_block(const KeyPlan& plan) {
-  const int block = blockIdx.x;
-  if (kList) return block < *plan.num_tasks ? block : -1;
-  const int tiles = plan.groups.count, per_head = tiles * plan.max_pieces;
+/// Which task of a range a block takes; -1: none. Blocks go head by head and piece by piece, the
+/// last queries first, so that blocks that run together walk the same rows: Q and dO of a head, 512
+/// MB at 65536 tokens, then come from L2 rather than once for every 128 keys from memory.
+__device__ __forceinline__ int range_task(const KeyPlan& plan) {
+  const int block = blockIdx.x, tiles = plan.groups.count, per_head = tiles * plan.max_pieces;
   const int head = block / per_head, piece = block % per_head / tiles;
   const SplitTile& tile = plan.tiles[head * tiles + block % tiles];
   return piece < tile.tasks ? tile.task + tile.tasks - 1 - piece : -1;
+}
+
+/// The same of lists, which all are walked from the last queries on. Tasks that run together share
+/// rows where they are at the same place, so they start together: the keys of a head from the last
+/// ones, with the shortest lists, to the first, every other round of the multiprocessors the other
+/// way round, so that who starts late in one ends early in the next. The head that ends the launch
+/// ends with its short tasks.
+__device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int multiprocessors) {
+  const int tasks = *plan.num_tasks, block = blockIdx.x;
+  if (block >= tasks) return -1;
+  // Where the tasks of the second head start; the first head comes last.
+  const int last = heads > 1 ? plan.tiles[plan.groups.count * plan.parts].task : tasks;
+  const int turned = tasks - last;
+  if (block >= turned) return block - turned;
+  const int round = block / multiprocessors * multiprocessors, i = block - round;
+  const int size = min(multiprocessors, turned - round);
+  return tasks - 1 - (round + (round / multiprocessors % 2 ? size - 1 - i : i));
 }
 
 template <class Shape>
@@ -374,8 +387,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is
                                   // never launched
   char* const smem = aligned_shared_memory();
-  const int task = task_of_block<Shape::kList>(launch.args.plan);
-  if (task >= 0) DkvKernel<Shape>(launch, launch.args.plan.tasks[task], smem).run();
+  const KeyPlan& plan = launch.args.plan;
+  const int heads = static_cast<int>(launch.args.common.p.shape.heads_kv);
+  const int task = Shape::kList ? list_task(plan, heads, launch.multiprocessors) : range_task(plan);
+  if (task >= 0) DkvKernel<Shape>(launch, plan.tasks[task], smem).run();
 #endif
 }
 
@@ -395,6 +410,10 @@ void launch_bwd_dkv(const DkvArgs& args, cudaStream_t stream) {
   const AttnBwd& p = args.common.p;
   const BranchBwd& branch = p.branch[args.plan.branch];
   DkvLaunch launch{args};
+  int device;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  NSA_CUDA_CHECK(
+      cudaDeviceGetAttribute(&launch.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   launch.log2_group = log2_padded_group(args.common.group);
   const int padded = 1 << launch.log2_group;
   if (p.shape.total_q > 0) {

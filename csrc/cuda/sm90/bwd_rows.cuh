@@ -17,6 +17,7 @@ struct RowTileInfo {
 
 struct DkvLaunch {
   DkvArgs args;
+  int multiprocessors;
   int log2_group;                   // of the padded group
   CUtensorMap q, dout;              // boxes of a tile's tokens, for ranges
   CUtensorMap q_token, dout_token;  // boxes of one token, for lists
@@ -38,10 +39,10 @@ struct RowWalk {
         list_tiles((task.list_count + tokens - 1) >> (6 - launch.log2_group)),
         tiles(list_tiles + ((task.token_count + tokens - 1) >> (6 - launch.log2_group))) {}
 
-  /// Token `slot` of a list tile; -1 past the end.
+  /// Token `slot` of a list tile, the last of the list first; -1 past its start.
   __device__ __forceinline__ int listed(int tile, int slot) const {
-    const int i = tile * tokens + slot;
-    return i < task.list_count ? __ldg(list + i) : -1;
+    const int i = task.list_count - 1 - tile * tokens - slot;
+    return i >= 0 ? __ldg(list + i) : -1;
   }
   __device__ __forceinline__ int range_begin(int tile) const {
     return task.token_begin + (tile - list_tiles) * tokens;
