@@ -452,17 +452,20 @@ class DqKernel {
       pin(dq);
       arrive_warp(smem_.empty[pending.slot]);
     }
-    if (!whole) {
+    // In a block of code of their own: the compiler would take the exponentials after the wait.
+    if (launch_.jobs > 0) {
+      if (!whole) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const int key = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
-        const KeyRange& range = seen[i / 2 % 2];
-        if (key < range.begin || key >= range.end) s[i] = -INFINITY;
+        for (int i = 0; i < kScores; ++i) {
+          const int key = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
+          const KeyRange& range = seen[i / 2 % 2];
+          if (key < range.begin || key >= range.end) s[i] = -INFINITY;
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kScores; ++i)
-      s[i] = exp2_approx(fmaf(s[i], launch_.scale_log2, -rows.lse_log2[i / 2 % 2]));
+      for (int i = 0; i < kScores; ++i)
+        s[i] = exp2_approx(fmaf(s[i], launch_.scale_log2, -rows.lse_log2[i / 2 % 2]));
+    }
     wgmma_wait<0>();
     pin(dp);
     // The gate on the side of dP: one operation less than on P's.
