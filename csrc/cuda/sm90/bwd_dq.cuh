@@ -30,7 +30,7 @@ struct DqLaunch {
 };
 
 template <class T_, int kDimQk_, int kDimV_>
-struct DqShape : Registers<232> {
+struct DqShape : Registers<(kDimQk_ > 64 ? 232 : 208)> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kConsumers = kQueryTileRows / kRows;
