@@ -129,7 +129,7 @@ class Consumer {
     constexpr bool kLower = kWalk == Walk::kRange;
     const bool inside = (!kLower || key >= max(rows.lo[0], rows.lo[1])) &&
                         key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
-    if (__all_sync(0xffffffffu, inside)) return;
+    if (__builtin_expect(__all_sync(0xffffffffu, inside), true)) return;
     // Bounds relative to this lane's first column: what is compared with them is constant.
     const int column = key + (lane_ % 4) * 2;
     const int lo[2] = {rows.lo[0] - column, rows.lo[1] - column};

@@ -26,41 +26,59 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
 }
 
 /// Writes lse, output and gated sum of the rows `row` and `row + 8` of the tile. kNormalize: `o` is
-/// still to be divided by the row's sum. kBatch: 16-byte
-/// chunks of a row that are read and written at a time; more hide latency, and take registers.
+/// still to be divided by the row's sum. kBatch: 16-byte chunks of a row of the gated sum that are
+/// read and written at a time; more hide latency, and take registers.
 template <class T, int kDimV, bool kNormalize, int kBatch>
 __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, int row,
                                            const float (&o)[kDimV / 2], OnlineRow (&stats)[2]) {
+  constexpr int kChunks = kDimV / 32;  // of 16 bytes, a quarter of a row
   const int quad_lane = threadIdx.x % 4;
+  uint4 chunks[2][kChunks];
+  float lse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = (row + 8 * half) >> p.log2_group;
-    const int head = (row + 8 * half) & ((1 << p.log2_group) - 1);
-    const bool valid = token < job.tokens && head < p.group;
     float scale = 1.0f;
     if constexpr (kNormalize) {
       stats[half].merge_quad(p.scale_log2);
       scale = stats[half].sum > 0.0f ? 1.0f / stats[half].sum : 0.0f;
     }
-    if (valid && p.lse.ptr && quad_lane == 0)
-      *query_row<float>(p.lse, p, job, token, head) = stats[half].lse2(p.scale_log2) * kLn2;
-    if (!p.has_output) continue;
+    lse[half] = stats[half].lse2(p.scale_log2) * kLn2;
 #pragma unroll
-    for (int first = 0; first < kDimV / 32; first += kBatch) {
-      uint4 chunks[kBatch];
+    for (int i = 0; i < kChunks; ++i) {
+      uint32_t w[4];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        uint32_t w[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float* pair = o + ((first + i) * 4 + j) * 4 + 2 * half;
-          w[j] = pack2<T>(pair[0] * scale, pair[1] * scale);
-        }
-        quad_transpose(w);
-        chunks[i] = make_uint4(w[0], w[1], w[2], w[3]);
+      for (int j = 0; j < 4; ++j) {
+        const float* pair = o + (i * 4 + j) * 4 + 2 * half;
+        w[j] = pack2<T>(pair[0] * scale, pair[1] * scale);
       }
-      if (valid) store_chunks<T>(p, job, token, head, first * 32 + quad_lane * 8, 32, chunks);
+      quad_transpose(w);
+      chunks[half][i] = make_uint4(w[0], w[1], w[2], w[3]);
     }
+  }
+#pragma unroll 1  // two copies would push more out of the instruction cache than they save
+  for (int half = 0; half < 2; ++half) {
+    const int token = (row + 8 * half) >> p.log2_group;
+    const int head = (row + 8 * half) & ((1 << p.log2_group) - 1);
+    if (token < job.tokens && head < p.group) {
+      if (p.lse.ptr && quad_lane == 0) *query_row<float>(p.lse, p, job, token, head) = lse[0];
+      const int column = quad_lane * 8;
+      if (p.has_output && p.gates.ptr == nullptr) {
+        T* to = query_row<T>(p.out, p, job, token, head) + column;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) *reinterpret_cast<uint4*>(to + i * 32) = chunks[0][i];
+      } else if (p.has_output) {
+#pragma unroll
+        for (int first = 0; first < kChunks; first += kBatch) {
+          uint4 batch[kBatch];
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) batch[i] = chunks[0][first + i];
+          store_chunks<T>(p, job, token, head, first * 32 + column, 32, batch);
+        }
+      }
+    }
+    lse[0] = lse[1];
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) chunks[0][i] = chunks[1][i];
   }
 }
 

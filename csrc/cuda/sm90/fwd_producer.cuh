@@ -24,24 +24,24 @@ class Producer {
         Block::wait_full(block_.barriers.list_full, list_);
         const BlockList blocks(block_.extra(), block_.p.sort_size, list_.slot);
         const int tiles = blocks.tiles(block_.p);
-        for (int j = 0; j < tiles; ++j) {
-          const int key = blocks.tile_key(block_.p, j);
-          load_k(job, key);
-          load_v(job, key);
-        }
+        for (int i = 0; i < 2 * tiles; ++i) load(job, i % 2, blocks.tile_key(block_.p, i / 2));
         mbarrier_arrive(smem_addr(&block_.barriers.list_empty[list_.slot]));
         list_.advance(kListBuffers);
       } else {
         const Range range(block_.p, job);
         const int tiles = range.tiles(kTileKeys);
-        if constexpr (Shape::kWalk == Walk::kRank) {
-          for (int j = 0; j < tiles; ++j) load_k(job, range.begin + j * kTileKeys);
-        }
-        const bool values = Shape::kWalk == Walk::kRange || block_.p.has_output;
-        if (tiles > 0) load_k(job, range.begin);
-        for (int j = 0; j < tiles; ++j) {
-          if (j + 1 < tiles) load_k(job, range.begin + (j + 1) * kTileKeys);
-          if (values) load_v(job, range.begin + j * kTileKeys);
+        const bool ranking = Shape::kWalk == Walk::kRank, output = !ranking || block_.p.has_output;
+        const int first_pass = ranking ? tiles : 0;
+        for (int i = 0; i < first_pass + (output ? 2 * tiles : tiles); ++i) {
+          // K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1), after all K of a first pass.
+          const int place = i - first_pass;
+          bool value = false;
+          int tile = place < 0 ? i : place;
+          if (output && place > 0) {
+            value = place % 2 == 0 || place == 2 * tiles - 1;
+            tile = value ? (place - 1) / 2 : (place + 1) / 2;
+          }
+          load(job, value, range.begin + tile * kTileKeys);
         }
       }
     }
@@ -62,22 +62,20 @@ class Producer {
   }
 
  private:
-  template <int kDim>
-  __device__ __forceinline__ void load(const CUtensorMap& map, const Job& job, int key) {
+  /// A tile of K or V.
+  __device__ __forceinline__ void load(const Job& job, bool value, int key) {
+    constexpr int kMost = (Shape::kDimQk > Shape::kDimV ? Shape::kDimQk : Shape::kDimV) / 64;
+    const int panels = (value ? Shape::kDimV : Shape::kDimQk) / 64;
+    const CUtensorMap* map = value ? &block_.args.v : &block_.args.k;
     Block::wait_empty(block_.barriers.empty, at_);
     const uint32_t bar = smem_addr(&block_.barriers.full[at_.slot]), dst = block_.tile(at_);
-    mbarrier_arrive_expect(bar, kDim / 64 * Shape::kPanelBytes);
+    mbarrier_arrive_expect(bar, panels * Shape::kPanelBytes);
 #pragma unroll
-    for (int panel = 0; panel < kDim / 64; ++panel)
-      tma_load(dst + panel * Shape::kPanelBytes, &map, bar, panel * 64, job.head_kv,
-               static_cast<int>(job.row_k) + key, job.batch);
+    for (int panel = 0; panel < kMost; ++panel)
+      if (panel < panels)
+        tma_load(dst + panel * Shape::kPanelBytes, map, bar, panel * 64, job.head_kv,
+                 static_cast<int>(job.row_k) + key, job.batch);
     at_.advance(block_.args.stages);
-  }
-  __device__ __forceinline__ void load_k(const Job& job, int key) {
-    load<Shape::kDimQk>(block_.args.k, job, key);
-  }
-  __device__ __forceinline__ void load_v(const Job& job, int key) {
-    load<Shape::kDimV>(block_.args.v, job, key);
   }
 
   const Block& block_;

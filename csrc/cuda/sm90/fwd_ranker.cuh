@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/fwd/ranking.cuh"
+#include "cuda/sm90/fwd_best.cuh"
 #include "cuda/sm90/fwd_block.cuh"
 
 namespace nsa::cuda::sm90 {
@@ -64,6 +65,12 @@ class Ranker {
     int64_t index = Block::before_first_job();
     while (block_.next_job(index, job)) {
       const int tiles = Range(p_, job).tiles(Shape::kTileKeys);
+      if constexpr (Shape::kLargeGroups) {
+        if (short_blocks() && p_.index_count <= Lists::kMostCapacity) {
+          rank_in_registers(job, tiles);
+          continue;
+        }
+      }
       for (int token = warp_; token < job.tokens; token += kRankingWarps) {
         list(job, token).clear(lane_);
         if (lane_ < kHalo) halo(at_.slot, token)[lane_] = 0.0f;
@@ -92,6 +99,10 @@ class Ranker {
   }
 
  private:
+  static constexpr int kTokensOfWarp = 3;
+  using Lists = BestBlocks<kTokensOfWarp>;
+  static_assert(!Shape::kLargeGroups || Shape::kRows / 16 <= kTokensOfWarp * kRankingWarps);
+
   __device__ __forceinline__ int shares() const { return Columns<Shape>::shares(p_); }
   __device__ __forceinline__ int strides_shift() const { return p_.select_shift - p_.stride_shift; }
   /// log2 of the blocks that begin in a tile.
@@ -115,6 +126,64 @@ class Ranker {
   __device__ __forceinline__ bool short_blocks() const {
     return strides_shift() == 2 && p_.config.block_size <= 2 * p_.config.block_stride;
   }
+  /// All of a job whose blocks are short, its lists in registers.
+  __device__ __forceinline__ void rank_in_registers(const Job& job, int tiles) {
+    const float reach = p_.config.block_size > p_.config.block_stride ? 2.0f : 1.0f;
+    Lists lists(lane_);
+    float last[kTokensOfWarp];    // lane 0: the last column of the tile before
+    int open_end[kTokensOfWarp];  // blocks from num_init up to here are not forced
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      const int token = warp_ + i * kRankingWarps;
+      const Forced forced(p_, job.position(token));
+      lists.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
+      last[i] = 0.0f;
+      open_end[i] = forced.local;
+    }
+    // Blocks may begin past the last compressed token: all but what reaches into them is zero.
+    const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles || tile * 32 <= last_block; ++tile) {
+      const int block = tile * 32 + lane_;
+      float score[kTokensOfWarp];
+      if (tile < tiles) Block::wait_full(block_.barriers.columns_full, at_);
+#pragma unroll
+      for (int i = 0; i < kTokensOfWarp; ++i) {
+        const int token = min(warp_ + i * kRankingWarps, p_.tile_tokens - 1);
+        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (tile < tiles) v = sum_of_shares(token);
+        const float rotated = __shfl_sync(0xffffffffu, v.w, (lane_ + 31) % 32);
+        const float before = lane_ == 0 ? last[i] : rotated;
+        last[i] = rotated;
+        const float value = (reach - 1.0f) * before + reach * (v.x + v.y + v.z) + v.w;
+        score[i] = block >= p_.config.num_init && block < open_end[i] ? value : Lists::kAbsent;
+      }
+      if (tile < tiles) {
+        Block::arrive(block_.barriers.columns_empty, at_);
+        at_.advance(block_.args.column_slots);
+      }
+      lists.offer(score, block);
+    }
+    const View<int32_t>& view = p_.block_indices;
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      const int token = warp_ + i * kRankingWarps;
+      if (token >= job.tokens) break;
+      lists.write(p_, Forced(p_, job.position(token)), i,
+                  view.ptr + job.batch * view.batch + (job.row_q + token) * view.seq +
+                      job.head_kv * view.head);
+    }
+  }
+  /// Columns 4 * lane ... 4 * lane + 3 of a token.
+  __device__ __forceinline__ float4 sum_of_shares(int token) const {
+    const float* column = columns_.at(at_.slot, token * shares()) + 4 * lane_;
+    float4 v = *reinterpret_cast<const float4*>(column);
+    for (int share = 1; share < shares(); ++share) {
+      const float4 more = *reinterpret_cast<const float4*>(column + share * Columns<Shape>::kPitch);
+      v = make_float4(v.x + more.x, v.y + more.y, v.z + more.z, v.w + more.w);
+    }
+    return v;
+  }
   __device__ __forceinline__ void rank_short(const Job& job, int tile) const {
     constexpr int kBatch = 3;  // tokens at a time: their reads overlap
     const float reach = p_.config.block_size > p_.config.block_stride ? 2.0f : 1.0f;
@@ -125,12 +194,7 @@ class Ranker {
         const int token = first + i * kRankingWarps;
         if (token >= job.tokens) continue;
         const float* column = columns_.at(at_.slot, token * shares());
-        float4 v = *reinterpret_cast<const float4*>(column + 4 * lane_);
-        for (int share = 1; share < shares(); ++share) {
-          const float4 more =
-              *reinterpret_cast<const float4*>(column + share * Columns<Shape>::kPitch + 4 * lane_);
-          v = make_float4(v.x + more.x, v.y + more.y, v.z + more.z, v.w + more.w);
-        }
+        const float4 v = sum_of_shares(token);
         float before = __shfl_up_sync(0xffffffffu, v.w, 1);
         if (lane_ == 0) before = column[-1];
         if (lane_ == 31) columns_.at(next_slot(), token * shares())[-1] = v.w;
