@@ -146,12 +146,8 @@ class Consumer {
                                                float (&factor)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = s[2 * half];
-#pragma unroll
-      for (int i = 0; i < kScores / 4; ++i)
-        most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
       float reference, sum = 0.0f;
-      factor[half] = stats[half].raise(quad_max(most), p.scale_log2, reference);
+      factor[half] = stats[half].raise(row_max(s, half), p.scale_log2, reference);
 #pragma unroll
       for (int i = 0; i < kScores / 4; ++i) {
 #pragma unroll
@@ -163,6 +159,48 @@ class Consumer {
       }
       stats[half].sum += sum;
     }
+  }
+  /// The maximum of each row of a tile, over the quad.
+  static __device__ __forceinline__ float row_max(const float (&s)[kScores], int half) {
+    float most = s[2 * half];
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i)
+      most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
+    return quad_max(most);
+  }
+  __device__ __forceinline__ float row_sum(const float (&s)[kScores], int half,
+                                           float reference) const {
+    float sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        sum[c] += exp2_approx(fmaf(s[4 * i + 2 * half + c], p.scale_log2, -reference));
+    }
+    return sum[0] + sum[1];
+  }
+  /// Adds a tile's exponentials to the sums. Their reference is the maximum of the row's first
+  /// tile: float32 holds what exceeds it by less than 2^100 as well as any other, and what does is
+  /// seen in the sum. Whether a row's reference rises depends on nothing but the row.
+  __device__ __forceinline__ void add_exponentials(const float (&s)[kScores],
+                                                   OnlineRow (&stats)[2]) const {
+    constexpr float kHigh = 0x1p100f;
+    float sum[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      sum[half] = row_sum(s, half, stats[half].reference(p.scale_log2));
+    if (__builtin_expect(__any_sync(0xffffffffu, fmaxf(sum[0], sum[1]) > kHigh), false)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float most = row_max(s, half);
+        if (!(quad_max(sum[half]) > kHigh)) continue;
+        float reference;
+        stats[half].raise(most, p.scale_log2, reference);
+        sum[half] = row_sum(s, half, reference);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) stats[half].sum += sum[half];
   }
   static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
 #pragma unroll
@@ -300,7 +338,7 @@ class Consumer {
     weigh_values(range, tiles, rows, minus_lse, o);
   }
 
-  /// First pass over the compressed tokens: maximum and sum of each row. The scores of the next
+  /// First pass over the compressed tokens: reference and sum of each row. The scores of the next
   /// tile are computed while those of this one are exponentiated.
   __device__ __forceinline__ void sum_exponentials(const Range& range, int tiles, const Rows& rows,
                                                    OnlineRow (&stats)[2]) {
@@ -313,9 +351,8 @@ class Consumer {
       issue_scores(s, issued);
     };
     auto finish = [&](float (&s)[kScores], int j) {
-      float factor[2];
       mask(s, rows, range.begin + j * kTileKeys);
-      exponentials(s, stats, factor);
+      add_exponentials(s, stats);
     };
     auto step = [&](float (&now)[kScores], float (&next)[kScores], int j) {
       const Cursor done = issued;
@@ -332,6 +369,11 @@ class Consumer {
       finish(s, j);
     };
     issue(even);
+    wgmma_wait<0>();
+    pin(even);
+    mask(even, rows, range.begin);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) stats[half].max = row_max(even, half);
     int j = 0;
     for (; j + 2 < tiles; j += 2) {
       step(even, odd, j);
