@@ -41,6 +41,7 @@ class Consumer {
         const int t = job.position(min(rows.token[half], job.tokens - 1));
         Range::visible(p, t, rows.lo[half], rows.hi[half]);
       }
+      if constexpr (kWalk == Walk::kRange) prefetch_rows<T, Shape::kDimV>(p, job, row);
       float o[kOutputs];
       OnlineRow stats[2];
       mbarrier_wait(smem_addr(&block_.barriers.q_full[consumer_]), parity);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device/softmax.cuh"
+#include "cuda/device/tma.cuh"
 #include "cuda/fwd/gates.cuh"
 
 namespace nsa::cuda::sm90 {
@@ -22,6 +23,23 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4]) {
         w[i | bit] = received;
       }
     }
+  }
+}
+
+/// Brings what the gated sum will read of the earlier outputs' rows `row` and `row + 8` into L2.
+template <class T, int kDimV>
+__device__ __forceinline__ void prefetch_rows(const FwdParams& p, const Job& job, int row) {
+  if (p.gates.ptr == nullptr) return;
+  // The lanes of a quad: two halves of a row of each of two outputs.
+  const int quad_lane = threadIdx.x % 4, column = quad_lane % 2 * 64;
+  const InView& view = p.earlier[quad_lane / 2];
+  if (view.ptr == nullptr || column >= kDimV) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int token = (row + 8 * half) >> p.log2_group;
+    const int head = (row + 8 * half) & ((1 << p.log2_group) - 1);
+    if (token < job.tokens && head < p.group)
+      prefetch_l2(query_row<const T>(view, p, job, token, head) + column);
   }
 }
 

@@ -74,6 +74,8 @@ inline void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0,
   emulate_load(dst, map, bar, {c0, c1, c2, c3, c4});
 }
 
+inline void prefetch_l2(const void*) {}
+
 template <int kRegisters>
 void raise_registers() {}
 template <int kRegisters>
