@@ -252,7 +252,9 @@ class Ranker {
       const bool admitted = candidate && best.admits(score);
       const uint32_t mask = __ballot_sync(0xffffffffu, admitted);
       if (mask == 0) return;
-      if (!best.overflows(__popc(mask))) {
+      const bool full = best.overflows(__popc(mask));
+      __syncwarp();  // all lanes look before the first appends
+      if (!full) {
         if (admitted) best.append(score, block, mask, lane_);
         __syncwarp();
         return;
