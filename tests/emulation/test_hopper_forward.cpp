@@ -52,6 +52,8 @@ const Case kCases[] = {
      Layout::kContiguous,
      DType::kFloat16},
     {"64 blocks", 1, 16, 5000, 8, 1, 64, 64, {32, 16, 64, 64, 1, 2, 64}},
+    {"33 blocks", 1, 20, 6000, 16, 1, 64, 64, {32, 16, 64, 33, 1, 2, 64}},
+    {"lists of 12 tokens", 1, 37, 12000, 16, 1, 128, 128, {32, 16, 64, 16, 1, 2, 64}},
     {"many tiles", 1, 24, 9000, 16, 1, 64, 64, {32, 16, 64, 16, 1, 2, 64}},
     // All blocks are forced: heads that see one key only make equal importances.
     {"scores that exceed those of the first tile by far",
