@@ -68,7 +68,7 @@ class DkvKernel {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
         mbarrier_init(smem_addr(&smem_.full[i]), kRowArrivals);
-        mbarrier_init(smem_addr(&smem_.empty[i]), Shape::kList ? 4 : 8);
+        mbarrier_init(smem_addr(&smem_.empty[i]), (Shape::kList ? 4 : 8) * kWarpArrivals);
       }
       mbarrier_init(smem_addr(&smem_.keys_full), 1);
       fence_barrier_init();

@@ -100,10 +100,10 @@ class DqKernel {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
         mbarrier_init(smem_addr(&smem_.full[i]), 1);
-        mbarrier_init(smem_addr(&smem_.empty[i]), 4 * Shape::kConsumers);
+        mbarrier_init(smem_addr(&smem_.empty[i]), 4 * Shape::kConsumers * kWarpArrivals);
       }
       mbarrier_init(smem_addr(&smem_.rows_full), 1);
-      mbarrier_init(smem_addr(&smem_.rows_empty), 4 * Shape::kConsumers);
+      mbarrier_init(smem_addr(&smem_.rows_empty), 4 * Shape::kConsumers * kWarpArrivals);
       fence_barrier_init();
     }
     __syncthreads();

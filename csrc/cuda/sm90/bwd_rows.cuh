@@ -110,7 +110,7 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
 
 /// Arrivals on a tile's `full` barrier: the loading warp's, the describing warps', and one of each
 /// of their lanes when its copies have landed.
-inline constexpr int kRowArrivals = 1 + 2 + 64;
+inline constexpr int kRowArrivals = 1 + 2 * kWarpArrivals + 64;
 
 /// Two warps, a row a lane, half of the tile each: key ranges, and copies of the statistics, which
 /// take as long as memory does and are not waited for here.

@@ -25,14 +25,13 @@ std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int min
 }
 
 bool fwd_pays(const AttnShape& shape, const FwdParams& p) {
-  // Measured on an H100 (docs/kernels/forward.md). The ranking warps need long contexts to keep up;
-  // a warp of small groups holds several tokens, which choose different blocks.
-  constexpr int kRankingFrom = 32768;
+  // Measured on an H100 (docs/kernels/forward.md). Below 8192 keys the ranking's jobs are too short
+  // for what each costs at its beginning and end; groups below 4 have not been measured.
+  constexpr int kRankingFrom = 8192, kSmallestLog2Group = 2;
   if (shape.dim_qk < 128) return false;
-  const bool large_groups = p.log2_group >= 4;
-  if (p.branch == kCompressed && p.block_indices.ptr)
-    return large_groups && p.seqlen_k >= kRankingFrom;
-  return large_groups || p.branch != kSelected;
+  const bool ranks = p.branch == kCompressed && p.block_indices.ptr;
+  if (ranks && p.seqlen_k < kRankingFrom) return false;
+  return p.log2_group >= kSmallestLog2Group || !(ranks || p.branch == kSelected);
 }
 
 void attn_fwd_branch(const AttnShape& shape, const FwdParams& params, cudaStream_t stream) {
