@@ -197,6 +197,7 @@ class Ranker {
         const float4 v = sum_of_shares(token);
         float before = __shfl_up_sync(0xffffffffu, v.w, 1);
         if (lane_ == 0) before = column[-1];
+        __syncwarp();  // the next slot may be this one
         if (lane_ == 31) columns_.at(next_slot(), token * shares())[-1] = v.w;
         score[i] = (reach - 1.0f) * before + reach * (v.x + v.y + v.z) + v.w;
       }
