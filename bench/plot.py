@@ -310,7 +310,9 @@ def roofline(rows: Rows) -> Figure | None:
     """Single branches and decoding at the longest length; gathered traffic where there is any."""
     ceilings = Rows([row for row in rows.rows if str(row.get("kernel")).startswith("ceiling_")])
     points = Rows([row for row in rows.rows if row.get("tflops") and not row.get("part")])
-    points = points.where(kernel=set(ROOFLINE), l2="warm", head_dim=128, head_dim_v=128)
+    points = points.where(
+        kernel=set(ROOFLINE), inputs=set(INPUTS), l2="warm", head_dim=128, head_dim_v=128
+    )
     points = Rows([r for r in points.rows if r["batch"] == 1 or r["kernel"] == "decode"])
     if not ceilings or not points:
         return None

@@ -80,7 +80,8 @@ class Consumer {
   }
   /// The calling warp is done with a tile; its products with it are waited for.
   __device__ __forceinline__ void release(const Cursor& at) const {
-    Block::arrive(block_.barriers.empty, at);
+    if (kWarpArrivals == 32 || lane_ == 0)
+      mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
   }
   /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
   /// to the phase of its fill: before that it would count for the fill before.
