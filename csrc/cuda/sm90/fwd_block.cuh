@@ -12,8 +12,7 @@ namespace nsa::cuda::sm90 {
 inline constexpr int kMaxStages = 16;
 inline constexpr int kListBuffers = 2;
 inline constexpr int kMaxColumnSlots = 4;
-// Warps 1-3 of the producer warpgroup rank blocks, or make lists of them.
-inline constexpr int kRankingWarps = 3, kListWarps = 3;
+inline constexpr int kRankingWarps = 3;  // warps 1-3 of the producer warpgroup
 
 /// A position in a ring: which slot, and the parity of its phase.
 struct Cursor {
@@ -70,7 +69,7 @@ struct FwdBlock {
     }
     for (uint64_t& barrier : barriers.q_full) init(barrier, 1);
     for (int i = 0; i < kListBuffers; ++i) {
-      init(barriers.list_full[i], kListWarps * kWarpArrivals);
+      init(barriers.list_full[i], 1);
       // And the thread that loads the blocks.
       init(barriers.list_empty[i], kConsumerWarps * kWarpArrivals + 1);
     }

@@ -412,54 +412,27 @@ class Consumer {
     const Columns<Shape> columns(block_);
     const int slots = Columns<Shape>::slots(p);
     Block::wait_empty(block_.barriers.columns_empty, columns_at_);
-    if constexpr (Shape::kLargeGroups) {
-      store_column_sums(s, columns, slots);
-    } else {
 #pragma unroll
-      for (int part = 0; part < kTileKeys / 64; ++part) {
-        float weights[1][8][4];
+    for (int part = 0; part < kTileKeys / 64; ++part) {
+      float weights[1][8][4];
 #pragma unroll
-        for (int i = 0; i < 32; ++i) weights[0][i / 4][i % 4] = s[part * 32 + i];
-        const auto store = [&](int slot, int n8, int count, const float (&v)[16]) {
-          if (slot >= slots) return;
-          float* to = columns.at(columns_at_.slot, slot) + part * 64 + n8 * 8 + lane_ % 4 * 2;
+      for (int i = 0; i < 32; ++i) weights[0][i / 4][i % 4] = s[part * 32 + i];
+      const auto store = [&](int slot, int n8, int count, const float (&v)[16]) {
+        if (slot >= slots) return;
+        float* to = columns.at(columns_at_.slot, slot) + part * 64 + n8 * 8 + lane_ % 4 * 2;
 #pragma unroll
-          for (int i = 0; i < 8; ++i)
-            if (i < count)
-              *reinterpret_cast<float2*>(to + i * 8) = make_float2(v[2 * i], v[2 * i + 1]);
-        };
+        for (int i = 0; i < 8; ++i)
+          if (i < count)
+            *reinterpret_cast<float2*>(to + i * 8) = make_float2(v[2 * i], v[2 * i + 1]);
+      };
+      if constexpr (Shape::kLargeGroups) {
+        sum_heads_large<1>(p.log2_group, warp_, weights, lane_, store);
+      } else {
         sum_heads_small<1>(p.log2_group, warp_, weights, lane_, store);
       }
     }
     Block::arrive(block_.barriers.columns_full, columns_at_);
     columns_at_.advance(block_.args.column_slots);
-  }
-
-  /// The sums of all 16 rows of the warp. Two rows each in float32, rounded to float16; the eight
-  /// others are summed by a matrix product with ones, which takes n8 tile i of the transposed
-  /// weights to the lanes that store it: of lane 4 g + t, key g of the tiles t, t + 8, t + 4, t
-  /// + 12.
-  __device__ __forceinline__ void store_column_sums(const float (&s)[kScores],
-                                                    const Columns<Shape>& columns,
-                                                    int slots) const {
-    static_assert(kTileKeys == 128);
-    float sums[4] = {};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      uint32_t a[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = 4 * (j / 2 + j % 2 * 8 + i * 4);
-        a[i] = transpose_8x8(pack2<__half>(s[at] + s[at + 2], s[at + 1] + s[at + 3]));
-      }
-      mma_1688(sums, a[0], a[1], lane_ / 4 == j ? 0x3c003c00 : 0);
-    }
-    if (warp_ >= slots) return;
-    float* to = columns.at(columns_at_.slot, warp_) + lane_ % 4 * 8 + lane_ / 4;
-    to[0] = sums[0];
-    to[64] = sums[1];
-    to[32] = sums[2];
-    to[96] = sums[3];
   }
 
   const Block& block_;

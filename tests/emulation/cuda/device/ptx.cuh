@@ -97,31 +97,6 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
   emulator::sync_warp();
 }
 
-inline uint32_t transpose_8x8(uint32_t x) {
-  const int lane = emulator::current.lane();
-  *emulator::words(lane) = x;
-  emulator::sync_warp();
-  uint32_t y = 0;
-  for (int i = 0; i < 2; ++i)
-    y |= (*emulator::words((lane % 4 * 2 + i) * 4 + lane / 8) >> lane / 4 % 2 * 16 & 0xffff)
-         << 16 * i;
-  emulator::sync_warp();
-  return y;
-}
-inline void mma_1688(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  const int lane = emulator::current.lane(), row = lane / 4, column = lane % 4 * 2;
-  uint32_t* mine = emulator::words(lane);
-  mine[0] = a0, mine[1] = a1, mine[2] = b;
-  emulator::sync_warp();
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 4; ++k) {
-      const float2 x = unpack2<__half>(emulator::words(row * 4 + k)[i / 2]);
-      const float2 y = unpack2<__half>(emulator::words((column + i % 2) * 4 + k)[2]);
-      c[i] += x.x * y.x + x.y * y.y;
-    }
-  emulator::sync_warp();
-}
-
 inline float to_float(bf16 x) { return __bfloat162float(x); }
 inline float to_float(__half x) { return __half2float(x); }
 
