@@ -122,6 +122,7 @@ inline unsigned atomicOr(unsigned* to, unsigned bits) {
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline float __int_as_float(int bits) {
   float x;
   std::memcpy(&x, &bits, 4);

@@ -73,6 +73,11 @@ const Case kCases[] = {
      64,
      64,
      {32, 16, 64, 3, 1, 2, 60}},
+    // Lists of more than 32 blocks that few tokens share.
+    {"scattered blocks", {{10, 2400}}, false, 16, 1, 128, 128, {32, 32, 32, 8, 1, 1, 64}},
+    {"scattered, wide", {{9, 3000}}, false, 16, 1, 192, 128, {32, 32, 64, 4, 1, 1, 64}, false, 6},
+    {"scattered, of 4", {{33, 2000}}, false, 4, 1, 64, 64, {32, 32, 32, 2, 0, 1, 64}, false, 2},
+    {"scattered, of 6", {{17, 2000}}, false, 6, 1, 64, 64, {32, 32, 128, 3, 0, 1, 64}, false, 4},
     {"any indices", {{30, 900}}, false, 16, 1, 64, 64, {32, 16, 64, 3, 1, 1, 70}, false, 40},
     {"float16",
      {{24, 400}},

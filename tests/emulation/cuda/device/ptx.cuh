@@ -97,6 +97,40 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
   emulator::sync_warp();
 }
 
+/// The same of the transposed matrices: column lane / 4, rows 2 (lane % 4) on.
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) {
+  const int lane = emulator::current.lane(), row = lane % 4 * 2;
+  *emulator::words(lane) = addr;
+  emulator::sync_warp();
+  for (int j = 0; j < 4; ++j) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i)
+      std::memcpy(&pair[i],
+                  emulator::shared_pointer(*emulator::words(8 * j + row + i) + lane / 4 * 2), 2);
+    r[j] = pair[0] | uint32_t{pair[1]} << 16;
+  }
+  emulator::sync_warp();
+}
+
+/// Fragments as csrc/cuda/device/ptx.cuh has them.
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const int lane = emulator::current.lane();
+  uint32_t* const own = emulator::words(lane);
+  std::copy(a, a + 4, own);
+  own[4] = b0;
+  own[5] = b1;
+  emulator::sync_warp();
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; k += 2) {
+      const int part = k % 8 / 2, right = k / 8;
+      const float2 x = unpack2<T>(emulator::words(lane / 4 * 4 + part)[i / 2 + 2 * right]);
+      const float2 y = unpack2<T>(emulator::words((lane % 4 * 2 + i % 2) * 4 + part)[4 + right]);
+      c[i] += x.x * y.x + x.y * y.y;
+    }
+  emulator::sync_warp();
+}
+
 inline float to_float(bf16 x) { return __bfloat162float(x); }
 inline float to_float(__half x) { return __half2float(x); }
 

@@ -6,7 +6,8 @@
 
 namespace nsa::cuda {
 
-inline void wgmma_fence() {}
+/// Products are a warpgroup's: one whose warps do not all come to them hangs.
+inline void wgmma_fence() { emulator::sync_named(12 + emulator::current.warp() / 4, 128); }
 inline void wgmma_commit() {}
 template <int kPending>
 void wgmma_wait() {}
