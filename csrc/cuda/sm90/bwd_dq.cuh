@@ -5,10 +5,9 @@
 //   dQ += scale dS K
 //
 // Two consumer warpgroups of 64 rows each; of the producer warpgroup one warp loads tiles of 64
-// keys and another Q and dO. A warpgroup passes over selected blocks that none of its tokens chose,
-// and leaves those that one warp's tokens chose to that warp, with mma.sync: its warps read the
-// list themselves, so that they know before a tile is there. Blocks of threads are persistent: the
-// keys of a block's next query tile are loaded while it works on this one.
+// keys and another Q and dO. A warpgroup passes over selected blocks that none of its tokens chose:
+// its warps read the list themselves, so that they know before a tile is there. Blocks of threads
+// are persistent: the keys of a block's next query tile are loaded while it works on this one.
 //
 // Barriers: `full` of a slot takes the bytes of K and V; `empty` the eight warps that read it;
 // `rows_full`, `rows_empty` the same for Q and dO.
@@ -65,21 +64,15 @@ class DqKernel {
     int first, count;
   };
 
-  /// A tile of keys [key, min(key + 64, end)), and the tokens of the warp that look at it.
+  /// A tile of keys [key, min(key + 64, end)), and the tokens of the query tile that look at it.
   struct KeyTile {
     int key, end;
-    uint32_t tokens;
-  };
-
-  /// A block of the list as a warp sees it: the tokens of its rows that chose it, and who takes it.
-  struct ListedBlock {
-    static constexpr uint32_t kTogether = 1u << 16, kAlone = 1u << 17;
-    int block;
-    uint32_t tokens;
+    uint32_t tokens[2];
   };
 
   /// A thread's two rows, 8 apart: what the current branch says about them.
   struct RowPair {
+    int token[2];  // within the query tile; -1 for padding, which sees nothing
     float lse_log2[2], gate[2], gated_delta[2];
     KeyRange keys[2];
   };
@@ -254,11 +247,21 @@ class DqKernel {
   }
 
   __device__ void consume(int consumer) {
+    const int tokens = kRows >> launch_.log2_group;
     Position at;
     uint32_t parity = 0;
     for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
-      if (job_again(number).count <= 0) continue;
+      const int job_tokens = job_again(number).count;
+      if (job_tokens <= 0) continue;
+      const int first_token = consumer * tokens;
       RowPair rows;
+      const int first_row = warp_row() + threadIdx.x % 32 / 4;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + 8 * i, token = first_token + (row >> launch_.log2_group);
+        const bool valid = token < job_tokens && head_of(row) < launch_.args.common.group;
+        rows.token[i] = valid ? token : -1;
+      }
       float dq[kDimQk / 2];
 #pragma unroll
       for (int i = 0; i < kDimQk / 2; ++i) dq[i] = 0.0f;
@@ -270,12 +273,12 @@ class DqKernel {
 #pragma unroll 1
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!p_.branch[branch].enabled) continue;
-        load_branch(job_again(number), branch, consumer, rows);
+        load_branch(job_again(number), branch, first_row, rows);
         walk_tiles(number, branch, consumer, rows, operands, pending, at, dq);
       }
       settle(pending, dq);
       arrive_warp(smem_.rows_empty);
-      store(job_again(number), consumer, dq);
+      store(job_again(number), first_row, rows, dq);
     }
   }
 
@@ -284,123 +287,75 @@ class DqKernel {
                                              const RowPair& rows, const Operands& operands,
                                              Pending& pending, Position& at,
                                              float (&dq)[kDimQk / 2]) {
+    const int lane = threadIdx.x % 32;
     const bool listed = branch == kSelected;
-    KeyTile tile{0, 0, ~0u};
-    ListedBlock own{-1, 0};  // of a lane, among 32 of the list; those are counted from its end
-    int left, parts = 1;
+    KeyTile tile{0, 0, {~0u, ~0u}};
+    UnionBlock own{};     // of a lane, among 32 of the list,
+    uint32_t wanted = 0;  // and which of them some token of the warpgroup chose
+    int count, parts = 1;
     bool idle;
     {
       const Job job = job_again(number);
       idle = consumer * (kRows >> launch_.log2_group) >= job.count;
       if (listed) {
-        left = launch_.args.union_counts[list_of(job)];
+        count = launch_.args.union_counts[list_of(job)];
         parts = tiles_of_block();
       } else {
         const KeyRange keys = dense_keys(job, branch);
         tile.key = keys.begin - kRows;
         tile.end = keys.end;
-        left = tiles_of(keys);
+        count = tiles_of(keys);
       }
     }
-    for (; left > 0; --left) {
-      bool together = !idle, alone = false;
+    for (int i = 0; i < count; ++i) {
+      bool taken = !idle;
       if (listed) {
-        if (own.block < 0 || left % 32 == 0) own = read_list(number, consumer, left);
-        const int lane = -left & 31;
-        tile.tokens = __shfl_sync(kFullWarp, own.tokens, lane);
-        together = tile.tokens & ListedBlock::kTogether;
-        alone = tile.tokens & ListedBlock::kAlone;
-        if (together || alone) {
-          tile.key = __shfl_sync(kFullWarp, own.block, lane) * p_.config.select_size - kRows;
+        if (i % 32 == 0) {
+          own = UnionBlock{};
+          if (i + lane < count) own = blocks_of(job_again(number))[i + lane];
+          wanted = __ballot_sync(kFullWarp, wants(consumer, own));
+        }
+        taken = wanted >> i % 32 & 1;
+        if (taken) {
+          tile.key = __shfl_sync(kFullWarp, own.block, i % 32) * p_.config.select_size - kRows;
           tile.end = tile.key + kRows + p_.config.select_size;
+          tile.tokens[0] = __shfl_sync(kFullWarp, own.tokens[0], i % 32);
+          tile.tokens[1] = __shfl_sync(kFullWarp, own.tokens[1], i % 32);
         }
       }
-      // A slot that is held while others are waited for may be the one they need; and what is left
-      // to do takes all warps, of which some may go on without the others from here.
-      if (!together) settle(pending, dq);
+      // A slot that is held while others are waited for may be the one they need.
+      if (!taken) settle(pending, dq);
       for (int part = 0; part < parts; ++part) {
         wait_full(at);
-        tile.key += kRows;
-        if (together) {
+        if (!taken) {
+          arrive_warp(smem_.empty[at.slot]);
+        } else {
+          tile.key += kRows;
           if (pending.slot >= 0)
             add_tile<true>(at.slot, tile, rows, operands, pending, dq);
           else
             add_tile<false>(at.slot, tile, rows, operands, pending, dq);
-        } else {
-          if (alone)
-            add_tile_alone(smem_addr(smem_.ring[at.slot]), tile, rows, operands, pending.ds, dq);
-          arrive_warp(smem_.empty[at.slot]);
         }
         at.advance();
       }
     }
   }
 
-  /// The blocks of the list from `left` before its end up to the next multiple of 32 before it,
-  /// each in lane -left % 32.
-  __device__ __forceinline__ ListedBlock read_list(int number, int consumer, int left) const {
-    const Job job = job_again(number);
-    const int i =
-        launch_.args.union_counts[list_of(job)] - (left + 31) / 32 * 32 + threadIdx.x % 32;
-    UnionBlock block{};
-    if (i >= 0) block = blocks_of(job)[i];
-    return listed_block(consumer, block);
+  /// Whether some token of a warpgroup chose a block.
+  __device__ __forceinline__ bool wants(int consumer, const UnionBlock& block) const {
+    const int tokens = kRows >> launch_.log2_group, first = consumer * tokens;
+    if (tokens == kMaxTileTokens)  // G = 1: the second warpgroup has none
+      return consumer == 0 && (block.tokens[0] | block.tokens[1]) != 0;
+    return ((first < 32 ? block.tokens[0] : block.tokens[1]) >> first % 32 &
+            (~0u >> (32 - tokens))) != 0;
   }
 
-  /// Who takes each of 32 blocks, one a lane. A product of the warpgroup takes all 64 rows through
-  /// a block. Where single warps want the blocks between two that several want, each works on its
-  /// own and passes over the others' if that takes less: a warp by itself needs half as long again
-  /// for a block, and the warpgroup stops before and after.
-  __device__ __forceinline__ ListedBlock listed_block(int consumer, const UnionBlock& block) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-    const int first = consumer * (kRows >> launch_.log2_group);  // token
-    const uint32_t one_warp = (2u << max(0, (16 >> launch_.log2_group) - 1)) - 1;
-    ListedBlock result{block.block, 0};
-    uint32_t warps = 0;  // whose rows look at the block
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int token = first + (w * 16 >> launch_.log2_group);
-      if (token >= kMaxTileTokens) break;  // G = 1: the second warpgroup has none
-      const uint32_t bits =
-          (token < 32 ? block.tokens[0] : block.tokens[1]) >> token % 32 & one_warp;
-      if (bits != 0) warps |= 1u << w;
-      if (w == warp) result.tokens = bits;
-    }
-    const bool single = __popc(warps) == 1;
-    const uint32_t shared = __ballot_sync(kFullWarp, warps != 0 && !single);
-    const uint32_t below = shared & ((1u << lane) - 1), above = shared & (~0u << lane);
-    const uint32_t run =
-        (below == 0 ? ~0u : ~0u << (32 - __clz(below))) & (above == 0 ? ~0u : (above & -above) - 1);
-    int all = 0, longest = 0;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int blocks = __popc(__ballot_sync(kFullWarp, warps == 1u << w) & run);
-      all += blocks;
-      longest = max(longest, blocks);
-    }
-    if (single && 3 * longest + 1 < 2 * all) {
-      if (result.tokens != 0) result.tokens |= ListedBlock::kAlone;
-    } else if (warps != 0) {
-      result.tokens |= ListedBlock::kTogether;
-    }
-    return result;
+  /// Query head of a row, within the group.
+  __device__ __forceinline__ int head_of(int row) const {
+    return row & ((1 << launch_.log2_group) - 1);
   }
 
-  /// A row of the thread: its token within the query tile, and its query head within the group.
-  struct Row {
-    int token, head;
-    bool valid;  // padding sees nothing
-  };
-  __device__ __forceinline__ Row row_at(const Job& job, int consumer, int half) const {
-    const int row = warp_row() + threadIdx.x % 32 / 4 + 8 * half;
-    Row result;
-    result.token = (consumer * kRows + row) >> launch_.log2_group;
-    result.head = row & ((1 << launch_.log2_group) - 1);
-    result.valid = result.token < job.count && result.head < launch_.args.common.group;
-    return result;
-  }
-
-  __device__ __forceinline__ void load_branch(const Job& job, int branch, int consumer,
+  __device__ __forceinline__ void load_branch(const Job& job, int branch, int first_row,
                                               RowPair& rows) const {
     const int group = launch_.args.common.group;
 #pragma unroll
@@ -409,16 +364,17 @@ class DqKernel {
       rows.lse_log2[i] = INFINITY;
       rows.gate[i] = rows.gated_delta[i] = 0.0f;
       rows.keys[i] = {0, 0};
-      const Row row = row_at(job, consumer, i);
-      if (!row.valid) continue;
-      const int64_t token = job.sequence.q_row + job.first + row.token;
+      if (rows.token[i] < 0) continue;
+      const int64_t token = job.sequence.q_row + job.first + rows.token[i];
       const float4 x = __ldg(reinterpret_cast<const float4*>(
           launch_.args.common.stats +
-          ((branch * p_.shape.heads_kv + job.head) * p_.shape.total_q + token) * group + row.head));
+          ((branch * p_.shape.heads_kv + job.head) * p_.shape.total_q + token) * group +
+          head_of(first_row + 8 * i)));
       rows.lse_log2[i] = x.x;
       rows.gate[i] = x.z;
       rows.gated_delta[i] = x.z * x.y;
-      rows.keys[i] = visible_keys(branch, job.sequence.position(job.first + row.token), p_.config);
+      rows.keys[i] =
+          visible_keys(branch, job.sequence.position(job.first + rows.token[i]), p_.config);
     }
   }
 
@@ -430,7 +386,7 @@ class DqKernel {
 #pragma unroll
       for (int k = 0; k < kDimQk / 16; ++k) {
         uint32_t a[4];
-        ldmatrix_x4(a, patch(rows_patch(operands.q_tile, threadIdx.x % 32), warp_row(), k));
+        ldmatrix_x4(a, rows_patch(operands.q_tile, warp_row(), k));
 #pragma unroll
         for (int i = 0; i < 4; ++i) operands.q[4 * k + i] = a[i];
       }
@@ -439,17 +395,13 @@ class DqKernel {
   }
   static __device__ __forceinline__ int warp_row() { return threadIdx.x % 128 / 32 * 16; }
 
-  // This lane's row address for an ldmatrix.x4 of the first 16 x 16 patch of a tile: 8 x 8 matrices
-  // in the order down, then right, or right, then down. patch() names the others.
-  static __device__ __forceinline__ uint32_t rows_patch(uint32_t tile, int lane) {
-    return tile + lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4);
-  }
-  static __device__ __forceinline__ uint32_t columns_patch(uint32_t tile, int lane) {
-    return tile + (lane % 8 + lane / 16 * 8) * 128 + ((lane / 8 % 2 ^ lane % 8) << 4);
-  }
-  /// Row `row`, a multiple of 16, and 16-column `column`.
-  static __device__ __forceinline__ uint32_t patch(uint32_t first, int row, int column) {
-    return (first ^ column % 4 * 32) + column / 4 * kPanelBytes + row * 128;
+  // This lane's row address for an ldmatrix.x4 of the 16 x 16 patch at row `row` and 16-column
+  // `column` of a tile: 8 x 8 matrices in the order down, then right.
+  static __device__ __forceinline__ uint32_t rows_patch(uint32_t tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    row += lane % 16;
+    return tile + column / 4 * kPanelBytes + row * 128 +
+           (((column % 4 * 2 + lane / 16) ^ (row % 8)) << 4);
   }
 
   __device__ __forceinline__ void issue_pending(const Pending& pending,
@@ -482,7 +434,18 @@ class DqKernel {
     wgmma_commit();
     issue_scores<T, kRows, kDimV>(dp, operands.dout_tile, k_tile + Shape::kKBytes);
     wgmma_commit();
-    const Seen seen = keys_seen(tile, rows);  // meanwhile
+    // Meanwhile: the keys of the tile that the thread's rows see.
+    KeyRange seen[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = rows.token[half];
+      const uint32_t bits = token < 32 ? tile.tokens[0] : tile.tokens[1];
+      const bool looks = token >= 0 && (bits >> token % 32 & 1);
+      seen[half] = {rows.keys[half].begin - tile.key,
+                    looks ? min(rows.keys[half].end, tile.end) - tile.key : 0};
+    }
+    const bool whole = __all_sync(kFullWarp, seen[0].begin <= 0 && seen[0].end >= kRows &&
+                                                 seen[1].begin <= 0 && seen[1].end >= kRows);
     wgmma_wait<1>();
     pin(s);
     if constexpr (kPending) {
@@ -490,132 +453,42 @@ class DqKernel {
       arrive_warp(smem_.empty[pending.slot]);
     }
     // In a block of code of their own: the compiler would take the exponentials after the wait.
-    if (launch_.jobs > 0) make_p(s, seen, rows);
+    if (launch_.jobs > 0) {
+      if (!whole) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          const int key = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
+          const KeyRange& range = seen[i / 2 % 2];
+          if (key < range.begin || key >= range.end) s[i] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        s[i] = exp2_approx(fmaf(s[i], launch_.scale_log2, -rows.lse_log2[i / 2 % 2]));
+    }
     wgmma_wait<0>();
     pin(dp);
-    make_ds(pending.ds, s, dp, rows);
-    pending.slot = slot;
-  }
-
-  /// The same by one warp for its 16 rows, whose fragments are those of the warpgroup's products;
-  /// nothing stays pending. `ds` holds nothing before, nor after.
-  __device__ __forceinline__ void add_tile_alone(uint32_t k_tile, const KeyTile& tile,
-                                                 const RowPair& rows, const Operands& operands,
-                                                 uint32_t (&ds)[kScores / 2],
-                                                 float (&dq)[kDimQk / 2]) const {
-    // Worked out anew: addresses kept in registers from block to block spill.
-    int lane = threadIdx.x % 32;
-    asm volatile("" : "+r"(lane));
-    const uint32_t columns = columns_patch(k_tile, lane);
-    float s[kScores], dp[kScores];
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = dp[i] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < kDimQk / 16; ++k) {
-      uint32_t a[4];
-      if constexpr (Operands::kQInRegisters) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = operands.q[4 * k + i];
-      } else {
-        ldmatrix_x4(a, patch(rows_patch(operands.q_tile, lane), warp_row(), k));
-      }
-      multiply_keys(s, a, columns, k);
-    }
-#pragma unroll
-    for (int k = 0; k < kDimV / 16; ++k) {
-      uint32_t a[4];
-      ldmatrix_x4(a, patch(rows_patch(operands.dout_tile, lane), warp_row(), k));
-      multiply_keys(dp, a, columns + Shape::kKBytes, k);
-    }
-    make_p(s, keys_seen(tile, rows), rows);
-    make_ds(ds, s, dp, rows);
-#pragma unroll
-    for (int k = 0; k < kRows / 16; ++k) {
-      const uint32_t a[4] = {ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]};
-#pragma unroll
-      for (int d = 0; d < kDimQk / 16; ++d) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, patch(rows_patch(k_tile, lane), k * 16, d));
-        mma_16816<T>(fragment(dq, 2 * d), a, b[0], b[1]);
-        mma_16816<T>(fragment(dq, 2 * d + 1), a, b[2], b[3]);
-      }
-    }
-  }
-
-  /// x += a B^T for 16 columns: `a` rows of Q or dO, B the 64 rows of a tile, named by their first
-  /// columns_patch().
-  static __device__ __forceinline__ void multiply_keys(float (&x)[kScores], const uint32_t (&a)[4],
-                                                       uint32_t first, int column) {
-#pragma unroll
-    for (int n = 0; n < kRows / 16; ++n) {
-      uint32_t b[4];
-      ldmatrix_x4(b, patch(first, n * 16, column));
-      mma_16816<T>(fragment(x, 2 * n), a, b[0], b[1]);
-      mma_16816<T>(fragment(x, 2 * n + 1), a, b[2], b[3]);
-    }
-  }
-  /// The accumulators of 8 columns.
-  template <int kCount>
-  static __device__ __forceinline__ float (&fragment(float (&x)[kCount], int n))[4] {
-    return reinterpret_cast<float (&)[4]>(x[4 * n]);
-  }
-
-  /// The keys of a tile that a thread's rows see, relative to it.
-  struct Seen {
-    KeyRange keys[2];
-    bool whole;  // all of them, for all rows of the warp
-  };
-  __device__ __forceinline__ Seen keys_seen(const KeyTile& tile, const RowPair& rows) const {
-    Seen seen;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = (threadIdx.x % 32 / 4 + 8 * half) >> launch_.log2_group;
-      const bool looks = tile.tokens >> token & 1;
-      seen.keys[half] = {rows.keys[half].begin - tile.key,
-                         looks ? min(rows.keys[half].end, tile.end) - tile.key : 0};
-    }
-    seen.whole = __all_sync(kFullWarp, seen.keys[0].begin <= 0 && seen.keys[0].end >= kRows &&
-                                           seen.keys[1].begin <= 0 && seen.keys[1].end >= kRows);
-    return seen;
-  }
-
-  /// P without the gate from scores, in place.
-  __device__ __forceinline__ void make_p(float (&s)[kScores], const Seen& seen,
-                                         const RowPair& rows) const {
-    if (!seen.whole) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const int key = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
-        const KeyRange& range = seen.keys[i / 2 % 2];
-        if (key < range.begin || key >= range.end) s[i] = -INFINITY;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i)
-      s[i] = exp2_approx(fmaf(s[i], launch_.scale_log2, -rows.lse_log2[i / 2 % 2]));
-  }
-  /// The gate is on the side of dP: one operation less than on P's.
-  static __device__ __forceinline__ void make_ds(uint32_t (&ds)[kScores / 2],
-                                                 const float (&s)[kScores],
-                                                 const float (&dp)[kScores], const RowPair& rows) {
+    // The gate on the side of dP: one operation less than on P's.
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) {
       const float gate = rows.gate[i % 2], delta = rows.gated_delta[i % 2];
-      ds[i] = pack2<T>(s[2 * i] * fmaf(gate, dp[2 * i], -delta),
-                       s[2 * i + 1] * fmaf(gate, dp[2 * i + 1], -delta));
+      pending.ds[i] = pack2<T>(s[2 * i] * fmaf(gate, dp[2 * i], -delta),
+                               s[2 * i + 1] * fmaf(gate, dp[2 * i + 1], -delta));
     }
+    pending.slot = slot;
   }
 
   /// Rows of 16 bytes a lane: the four lanes of a quad exchange their columns first.
-  __device__ __forceinline__ void store(const Job& job, int consumer,
+  __device__ __forceinline__ void store(const Job& job, int first_row, const RowPair& rows,
                                         const float (&dq)[kDimQk / 2]) const {
     const float scale = launch_.scale;
     const View<T> view = typed<T>(p_.dq);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Row row = row_at(job, consumer, half);
-      const int64_t head = static_cast<int64_t>(job.head) * launch_.args.common.group + row.head;
-      T* dst = job.sequence.queries(view) + (job.first + row.token) * view.seq + head * view.head +
+      const int token = rows.token[half];
+      const int64_t head = static_cast<int64_t>(job.head) * launch_.args.common.group +
+                           head_of(first_row + 8 * half);
+      T* dst = job.sequence.queries(view) + (job.first + token) * view.seq + head * view.head +
                threadIdx.x % 4 * 8;
 #pragma unroll
       for (int chunk = 0; chunk < kDimQk / 32; ++chunk) {
@@ -626,7 +499,7 @@ class DqKernel {
           w[i] = pack2<T>(pair[0] * scale, pair[1] * scale);
         }
         cuda::sm90::quad_transpose(w);
-        if (row.valid)
+        if (token >= 0)
           *reinterpret_cast<uint4*>(dst + chunk * 32) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
