@@ -1,18 +1,16 @@
-// Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a
-// range) or 64 (of a selected block) and walks the query rows that see them, in
-// tiles of 64.
+// Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
+// selected block) and walks the query rows that see them, in tiles of 64.
 //
 //   S^T = K Q^T          P^T = gate * exp2(scale S^T - lse)      dV += P^T dO
-//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale
-//   dS^T Q
+//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale dS^T Q
 //
-// Keys are the rows of every product, so P^T and dS^T leave one product where
-// the next one wants its A operand: in registers. With ranges each of the two
-// consumer warpgroups owns 64 keys and both read every tile; with lists both
-// own the same keys, take every other tile, and add up at the end.
+// Keys are the rows of every product, so P^T and dS^T leave one product where the next one wants
+// its A operand: in registers. With ranges each of the two consumer warpgroups owns 64 keys and
+// both read every tile; with lists both own the same keys, take every other tile, and add up at the
+// end.
 //
-// Barriers: `full` of a slot takes the three producer warps, their copies, and
-// the bytes of Q and dO; `empty` a warp each of the warpgroups that read the slot.
+// Barriers: `full` of a slot takes the three producer warps, their copies, and the bytes of Q and
+// dO; `empty` a warp each of the warpgroups that read the slot.
 #pragma once
 
 #include "cuda/sm90/bwd_rows.cuh"
@@ -26,8 +24,7 @@ struct DkvShape : Registers<240> {
   static constexpr bool kList = kList_;
   static constexpr int kTaskKeys = kList ? kListTaskKeys : kRangeTaskKeys;
   static constexpr int kKeyTiles = kTaskKeys / kRows;
-  // Query rows of a product: with Dk = 192 the accumulators leave no room
-  // for 64.
+  // Query rows of a product: with Dk = 192 the accumulators leave no room for 64.
   static constexpr int kColumns = kDimQk > 128 ? 32 : 64;
   static constexpr int kSteps = kRows / kColumns;  // products that a tile takes
   static constexpr int kQBytes = kTileBytes<kDimQk>, kDoutBytes = kTileBytes<kDimV>;
@@ -109,15 +106,14 @@ class DkvKernel {
     }
   }
 
-  // ---- Consumers
-  // --------------------------------------------------------------------------------
+  // ---- Consumers --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void wait_full(const Position& at) {
     mbarrier_wait(smem_addr(&smem_.full[at.slot]), at.parity);
   }
 
-  /// Releases `count` tiles unread. An arrival before the tile is there would
-  /// count for the tile before it.
+  /// Releases `count` tiles unread. An arrival before the tile is there would count for the tile
+  /// before it.
   __device__ __forceinline__ void pass_over(int count, Position& at) {
     for (int i = 0; i < count; ++i) {
       wait_full(at);
@@ -173,8 +169,7 @@ class DkvKernel {
       store<kDimV>(dv, 1.0f, sequence, first_key, branch.dv, Shape::kTaskKeys * kDimQk);
   }
 
-  /// Queries, counted from the task's first, that see some of a warpgroup's
-  /// keys.
+  /// Queries, counted from the task's first, that see some of a warpgroup's keys.
   __device__ __forceinline__ QueryRange queries_of(int consumer) const {
     const int first = consumer * kRows, keys = min(kRows, task_.keys - first);
     if (keys <= 0) return {0, 0};
@@ -186,10 +181,9 @@ class DkvKernel {
     return {begin, end - begin};
   }
 
-  /// dK of a step waits for the next one, so that the tensor cores have that
-  /// product, S^T and dP^T to work on before the exponentials, and dV while
-  /// dS^T is made. Accumulators that are read are never in flight from one step
-  /// to the next: the compiler would wait for every product.
+  /// dK of a step waits for the next one, so that the tensor cores have that product, S^T and dP^T
+  /// to work on before the exponentials, and dV while dS^T is made. Accumulators that are read are
+  /// never in flight from one step to the next: the compiler would wait for every product.
   __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
                                              float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
     const int key_tile = Shape::kList ? 0 : consumer;
@@ -319,8 +313,8 @@ class DkvKernel {
     }
   }
 
-  /// The accumulators of a warpgroup's keys, times `factor`: to the task's
-  /// partial result, at `offset` of its slot, or as T to `view`.
+  /// The accumulators of a warpgroup's keys, times `factor`: to the task's partial result, at
+  /// `offset` of its slot, or as T to `view`.
   template <int kDim>
   __device__ __forceinline__ void store(const float (&acc)[kDim / 2], float factor,
                                         const Sequence& sequence, int first_key,
@@ -384,8 +378,7 @@ __device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int mul
 template <class Shape>
 __global__ void __launch_bounds__(kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is
-                                  // never launched
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
   char* const smem = aligned_shared_memory();
   const KeyPlan& plan = launch.args.plan;
   const int heads = static_cast<int>(launch.args.common.p.shape.heads_kv);
