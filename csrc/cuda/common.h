@@ -52,6 +52,14 @@ struct ComputeCapability {
   }
 };
 
+/// Of the current device.
+inline int multiprocessor_count() {
+  int device, count;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 /// Rows are read and written 16 bytes at a time: throws std::invalid_argument where they do not lie
 /// so. The stride of an axis of one element is free.
 template <class View>

@@ -403,10 +403,7 @@ void launch_bwd_dkv(const DkvArgs& args, cudaStream_t stream) {
   const AttnBwd& p = args.common.p;
   const BranchBwd& branch = p.branch[args.plan.branch];
   DkvLaunch launch{args};
-  int device;
-  NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(
-      cudaDeviceGetAttribute(&launch.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  launch.multiprocessors = multiprocessor_count();
   launch.log2_group = log2_padded_group(args.common.group);
   const int padded = 1 << launch.log2_group;
   if (p.shape.total_q > 0) {

@@ -538,11 +538,8 @@ void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
     launch.k[c] = key_map(p, c, p.branch[c].k, kDimQk);
     launch.v[c] = key_map(p, c, p.branch[c].v, kDimV);
   }
-  int device, multiprocessors;
-  NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   launch_kernel(bwd_dq_kernel<Shape>, "sm90::bwd_dq_kernel",
-                std::min(jobs, static_cast<unsigned>(multiprocessors)), kThreads,
+                std::min(jobs, static_cast<unsigned>(multiprocessor_count())), kThreads,
                 sizeof(typename Shape::Smem), stream, launch);
 }
 

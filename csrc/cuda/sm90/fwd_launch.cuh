@@ -77,10 +77,7 @@ void launch_shape(const AttnShape& shape, const FwdParams& params, cudaStream_t 
   args.k = map(p.k, shape.dim_qk);
   args.v = map(p.v, shape.dim_v);
 
-  int device, multiprocessors;
-  NSA_CUDA_CHECK(cudaGetDevice(&device));
-  NSA_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const unsigned blocks = grid_size(std::min<int64_t>(args.jobs, multiprocessors));
+  const unsigned blocks = grid_size(std::min<int64_t>(args.jobs, multiprocessor_count()));
   launch_kernel(fwd_kernel<Shape>, "sm90::fwd_kernel", blocks, Shape::kThreads, bytes, stream,
                 args);
 }
