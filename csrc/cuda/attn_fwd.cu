@@ -85,6 +85,57 @@ ComputeCapability check_call(const AttnFwd& call) {
   return capability;
 }
 
+/// Which backend runs each branch of a call: what is asked for, or the faster one. A ranking that
+/// the Hopper kernels do not have is the portable kernels' even where Hopper is asked for.
+class Dispatch {
+ public:
+  Dispatch(const AttnFwd& call, Backend backend, ComputeCapability capability)
+      : shape_(call.shape), backend_(backend) {
+#ifdef NSA_EXT_WITH_SM90
+    refusals_ = sm90::fwd_unsupported(call, capability.major, capability.minor);
+#else
+    (void)capability;
+    refusals_ = {"this build has no Hopper forward"};
+#endif
+  }
+
+  /// Throws std::invalid_argument where the backend that is asked for does not take the call.
+  void check() const {
+    if (backend_ == Backend::kSm90 && !refusals_.empty())
+      throw std::invalid_argument(join(refusals_));
+  }
+  int64_t workspace([[maybe_unused]] const FwdParams& branch) const {
+#ifdef NSA_EXT_WITH_SM90
+    if (on_hopper(branch)) return sm90::fwd_workspace(branch);
+#endif
+    return 0;
+  }
+  void launch(const FwdParams& branch, [[maybe_unused]] void* workspace,
+              cudaStream_t stream) const {
+#ifdef NSA_EXT_WITH_SM90
+    if (on_hopper(branch)) return sm90::attn_fwd_branch(shape_, branch, workspace, stream);
+#endif
+    sm80::attn_fwd_branch(shape_, branch, stream);
+  }
+
+ private:
+#ifdef NSA_EXT_WITH_SM90
+  bool on_hopper(const FwdParams& branch) const {
+    return backend_ != Backend::kSm80 && refusals_.empty() && sm90::fwd_takes(branch) &&
+           (backend_ == Backend::kSm90 || sm90::fwd_pays(shape_, branch));
+  }
+#endif
+
+  const AttnShape& shape_;
+  const Backend backend_;
+  std::vector<std::string> refusals_;
+};
+
+/// Where the workspace of a branch's kernel begins: behind the outputs of branches.
+int64_t kernel_offset(const AttnFwd& call) {
+  return round_up(branch_workspace(call), int64_t{256});
+}
+
 }  // namespace
 
 std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& config, int major,
@@ -114,31 +165,24 @@ std::vector<std::string> supports(const AttnShape& shape, const BlockConfig& con
   return reasons;
 }
 
-int64_t attn_fwd_workspace(const AttnFwd& call, Backend) { return branch_workspace(call); }
+int64_t attn_fwd_workspace(const AttnFwd& call, Backend backend) {
+  const Dispatch dispatch(call, backend, ComputeCapability());
+  int64_t most = 0;  // branches run one after the other
+  for_each_branch(call, nullptr, [&](const FwdParams& branch) {
+    most = std::max(most, dispatch.workspace(branch));
+  });
+  return kernel_offset(call) + most;
+}
 
 void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend backend) {
   if (params.shape.total_q == 0 || params.shape.heads_q == 0) return;
   AttnFwd call = params;
   if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
-  const ComputeCapability capability = check_call(call);
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-#ifdef NSA_EXT_WITH_SM90
-  const std::vector<std::string> reasons =
-      sm90::fwd_unsupported(call, capability.major, capability.minor);
-  if (backend == Backend::kSm90 && !reasons.empty()) throw std::invalid_argument(join(reasons));
-  const auto on_hopper = [&](const FwdParams& branch) {
-    return backend == Backend::kSm90 ||
-           (backend == Backend::kAuto && reasons.empty() && sm90::fwd_pays(call.shape, branch));
-  };
-#else
-  (void)capability;
-  if (backend == Backend::kSm90) throw std::invalid_argument("this build has no Hopper forward");
-#endif
+  const Dispatch dispatch(call, backend, check_call(call));
+  dispatch.check();
   for_each_branch(call, workspace, [&](const FwdParams& branch) {
-#ifdef NSA_EXT_WITH_SM90
-    if (on_hopper(branch)) return sm90::attn_fwd_branch(call.shape, branch, cuda_stream);
-#endif
-    sm80::attn_fwd_branch(call.shape, branch, cuda_stream);
+    dispatch.launch(branch, static_cast<char*>(workspace) + kernel_offset(call),
+                    static_cast<cudaStream_t>(stream));
   });
 }
 

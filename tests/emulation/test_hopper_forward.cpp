@@ -53,6 +53,9 @@ const Case kCases[] = {
      DType::kFloat16},
     {"64 blocks", 1, 16, 5000, 8, 1, 64, 64, {32, 16, 64, 64, 1, 2, 64}},
     {"33 blocks", 1, 20, 6000, 16, 1, 64, 64, {32, 16, 64, 33, 1, 2, 64}},
+    {"32 blocks", 1, 20, 6000, 16, 1, 64, 64, {32, 16, 64, 32, 1, 2, 64}},
+    {"groups of 2", 1, 140, 2300, 2, 1, 64, 64, {16, 16, 64, 6, 0, 0, 64}},
+    {"ends of tiles", 1, 80, 2100, 16, 1, 64, 64, {32, 16, 64, 5, 0, 0, 64}},
     {"lists of 12 tokens", 1, 37, 12000, 16, 1, 128, 128, {32, 16, 64, 16, 1, 2, 64}},
     {"many tiles", 1, 24, 9000, 16, 1, 64, 64, {32, 16, 64, 16, 1, 2, 64}},
     // All blocks are forced: heads that see one key only make equal importances.
@@ -142,10 +145,17 @@ void run(const Case& c) {
 
   Results hopper, cpu;
   const AttnFwd call = make_call(c, q, k, v, gates, hopper);
-  nsa::cuda::for_each_branch(call, nullptr, [&](const nsa::cuda::FwdParams& params) {
-    nsa::cuda::sm90::attn_fwd_branch(call.shape, params, nullptr);
-  });
   nsa::cpu::attn_fwd(make_call(c, q, k, v, gates, cpu), executors::serial());
+  nsa::cuda::for_each_branch(call, nullptr, [&](const nsa::cuda::FwdParams& branch) {
+    nsa::cuda::FwdParams params = branch;
+    if (!nsa::cuda::sm90::fwd_takes(params)) {  // other kernels rank: here those of the CPU
+      hopper.blocks = cpu.blocks;
+      params.block_indices.ptr = nullptr;
+    }
+    std::vector<char> workspace(nsa::cuda::sm90::fwd_workspace(params) + 256, '\xff');  // NaN
+    const auto at = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;
+    nsa::cuda::sm90::attn_fwd_branch(call.shape, params, reinterpret_cast<void*>(at), nullptr);
+  });
 
   // Near ties may fall either way; what depends on the selection is compared where it is the same.
   const int64_t n = c.config.num_selected, rows = c.batch * c.seqlen_q * c.heads_kv;

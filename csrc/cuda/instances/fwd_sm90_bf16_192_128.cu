@@ -1,5 +1,5 @@
 #include "cuda/sm90/fwd_launch.cuh"
 
 namespace nsa::cuda::sm90 {
-template void launch_fwd<__nv_bfloat16, 192, 128>(const AttnShape&, FwdParams, cudaStream_t);
+template void launch_fwd<__nv_bfloat16, 192, 128>(const AttnShape&, FwdParams, void*, cudaStream_t);
 }

@@ -1,12 +1,20 @@
+#include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 
 #include "cuda/common.h"
 #include "cuda/instances/attn_instances.h"
 #include "cuda/sm90/fwd.h"
+#include "cuda/sm90/fwd_scores.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace nsa::cuda::sm90 {
+
+namespace {
+
+bool ranking(const FwdParams& p) { return p.branch == kCompressed && p.block_indices.ptr; }
+
+}  // namespace
 
 std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int minor) {
   std::vector<std::string> reasons;
@@ -24,21 +32,30 @@ std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int min
   return reasons;
 }
 
+bool fwd_takes(const FwdParams& p) { return !ranking(p) || ranks(p); }
+
 bool fwd_pays(const AttnShape& shape, const FwdParams& p) {
   // Measured on an H100 (docs/kernels/forward.md). Below 8192 keys the ranking's jobs are too short
   // for what each costs at its beginning and end; groups below 4 have not been measured.
   constexpr int kRankingFrom = 8192, kSmallestLog2Group = 2;
   if (shape.dim_qk < 128) return false;
-  const bool ranks = p.branch == kCompressed && p.block_indices.ptr;
-  if (ranks && p.seqlen_k < kRankingFrom) return false;
-  return p.log2_group >= kSmallestLog2Group || !(ranks || p.branch == kSelected);
+  if (ranking(p) && p.seqlen_k < kRankingFrom) return false;
+  return p.log2_group >= kSmallestLog2Group || !(ranking(p) || p.branch == kSelected);
 }
 
-void attn_fwd_branch(const AttnShape& shape, const FwdParams& params, cudaStream_t stream) {
+int64_t fwd_workspace(const FwdParams& p) {
+  if (!ranking(p)) return 0;
+  const int64_t tokens = BlockScores::kRows >> p.log2_group;
+  const int64_t jobs = ceil_div<int64_t>(p.seqlen_q, tokens) * p.batch * p.heads_kv;
+  return std::min<int64_t>(jobs, multiprocessor_count()) * BlockScores::bytes(BlockScores::tiles(p));
+}
+
+void attn_fwd_branch(const AttnShape& shape, const FwdParams& params, void* workspace,
+                     cudaStream_t stream) {
 #define NSA_LAUNCH(T, kDk, kDv)                                                        \
   if (shape.dim_qk == kDk && shape.dim_v == kDv &&                                     \
       shape.dtype == (std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16)) \
-    return launch_fwd<T, kDk, kDv>(shape, params, stream);
+    return launch_fwd<T, kDk, kDv>(shape, params, workspace, stream);
   NSA_ATTN_INSTANCES(NSA_LAUNCH)
 #undef NSA_LAUNCH
   throw std::logic_error("no forward kernel for these head dims");  // supports() names them

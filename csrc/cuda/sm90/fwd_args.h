@@ -7,28 +7,26 @@
 
 namespace nsa::cuda::sm90 {
 
-/// How a kernel walks the keys. kRange: one range of keys, online softmax (window; compressed
-/// without a selection). kList: the blocks that the tile's tokens chose. kRank: the compressed
-/// tokens twice, first for the lse, then for output and importance.
+/// How a kernel walks the keys, all with online softmax. kRange: one range of keys (window;
+/// compressed without a selection). kList: the blocks that the tile's tokens chose. kRank: the
+/// compressed tokens, leaving scores of selection blocks for the ranking warps.
 enum class Walk { kRange, kList, kRank };
 
 struct FwdArgs {
   FwdParams p;
   int64_t jobs;          // tiles * batch * kv heads
   int32_t stages;        // K or V tiles in shared memory
-  int32_t column_slots;  // kRank: tiles whose column sums wait for the ranking warps
+  int32_t score_tiles;   // kRank: tiles of the longest sequence
+  float* scores;         // kRank: ScoreBuffers of each block of threads
   CUtensorMap q;         // (Dk, G, Hkv, Sq, B), box (64, padded G, 1, tokens of 64 rows, 1)
   CUtensorMap k, v;      // (D, Hkv, Sk, B), box (64, 1, kTileKeys, 1)
 };
 
-/// kLargeGroups: the padded group is at least 16, a warp's rows are of one token (kRank only: it
-/// shortens the sums over heads).
-template <class T_, int kDimQk_, int kDimV_, Walk kWalk_, bool kLargeGroups_ = true>
+template <class T_, int kDimQk_, int kDimV_, Walk kWalk_>
 struct FwdShape {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr Walk kWalk = kWalk_;
-  static constexpr bool kLargeGroups = kLargeGroups_;
   // Gathered blocks are loaded for 192 rows at once: the more tokens share a load, the less traffic
   // (measured, random selections at 65536 tokens: 15.4 ms with two warpgroups, 14.5 with three).
   // 64 keys a tile then leave room for their accumulators. Ranges want wide tiles: fewer waits.
@@ -42,6 +40,16 @@ struct FwdShape {
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : (504 - kProducerRegisters) / 2;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (kConsumers + 1) * (kConsumers == 3 ? 128 : 168));
+
+  // kRank: a tile's keys lie in quarters, column 32 k + b is key 4 b + k. The four compressed tokens
+  // that begin in a selection block are then in the accumulators of one thread.
+  static constexpr int kQuarters = kWalk == Walk::kRank ? 4 : 1;
+  /// The key of accumulator i of a lane, relative to its first.
+  static __device__ constexpr int key_of(int i) {
+    return kQuarters == 1 ? i / 4 * 8 + i % 2 : i / 4 % 4 * 32 + i % 2 * 4 + i / 16;
+  }
+  /// Keys between the first ones of neighbouring lanes of a quad.
+  static constexpr int kLaneKeys = 2 * kQuarters;
 
   static constexpr int kPanelBytes = kTileKeys * 128;  // 64 columns of a K or V tile
   static constexpr int kQueryBytes = 64 * kDimQk * 2;  // of one warpgroup

@@ -11,7 +11,7 @@ namespace nsa::cuda::sm90 {
 
 inline constexpr int kMaxStages = 16;
 inline constexpr int kListBuffers = 2;
-inline constexpr int kMaxColumnSlots = 4;
+inline constexpr int kScoreBuffers = 2;
 inline constexpr int kRankingWarps = 3;  // warps 1-3 of the producer warpgroup
 
 /// A position in a ring: which slot, and the parity of its phase.
@@ -37,7 +37,7 @@ struct FwdBlock {
     uint64_t full[kMaxStages], empty[kMaxStages];
     uint64_t q_full[kConsumers];
     uint64_t list_full[kListBuffers], list_empty[kListBuffers];
-    uint64_t columns_full[kMaxColumnSlots], columns_empty[kMaxColumnSlots];
+    uint64_t scores_full[kScoreBuffers], scores_empty[kScoreBuffers];
   };
   static constexpr int kBarrierBytes = 1024;  // keeps the swizzled tiles at multiples of 1024
   static_assert(sizeof(Barriers) <= kBarrierBytes);
@@ -73,9 +73,9 @@ struct FwdBlock {
       // And the thread that loads the blocks.
       init(barriers.list_empty[i], kConsumerWarps * kWarpArrivals + 1);
     }
-    for (int i = 0; i < kMaxColumnSlots; ++i) {
-      init(barriers.columns_full[i], kConsumerWarps * kWarpArrivals);
-      init(barriers.columns_empty[i], kRankingWarps * kWarpArrivals);
+    for (int i = 0; i < kScoreBuffers; ++i) {
+      init(barriers.scores_full[i], kConsumerWarps * kWarpArrivals);
+      init(barriers.scores_empty[i], kRankingWarps * kWarpArrivals);
     }
     fence_barrier_init();
   }
@@ -143,8 +143,11 @@ struct Range {
       hi = max(0, t + 1);
     }
   }
-  __device__ __forceinline__ int tiles(int tile_keys) const {
-    return end <= begin ? 0 : (end - begin + tile_keys - 1) / tile_keys;
+  /// kRank: the tile of the block into which the last compressed token reaches, too.
+  template <class Shape>
+  __device__ __forceinline__ int tiles() const {
+    constexpr int kLast = Shape::kWalk == Walk::kRank ? 0 : 1;
+    return end <= begin ? 0 : (end - begin - kLast) / Shape::kTileKeys + 1;
   }
 };
 

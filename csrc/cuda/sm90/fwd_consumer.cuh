@@ -58,7 +58,7 @@ class Consumer {
       request_q(index);
       // The window, last of a full call, reads what the others wrote.
       constexpr int kBatch = kWalk == Walk::kRange ? Shape::kDimV / 32 : 1;
-      write_rows<T, Shape::kDimV, kWalk != Walk::kRank, kBatch>(p, job, row, o, stats);
+      write_rows<T, Shape::kDimV, kBatch>(p, job, row, o, stats);
     }
   }
 
@@ -132,13 +132,13 @@ class Consumer {
     const bool inside = (!kLower || key >= max(rows.lo[0], rows.lo[1])) &&
                         key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
     if (__builtin_expect(__all_sync(0xffffffffu, inside), true)) return;
-    // Bounds relative to this lane's first column: what is compared with them is constant.
-    const int column = key + (lane_ % 4) * 2;
-    const int lo[2] = {rows.lo[0] - column, rows.lo[1] - column};
-    const int hi[2] = {rows.hi[0] - column, rows.hi[1] - column};
+    // Bounds relative to this lane's first key: what is compared with them is constant.
+    const int first = key + lane_ % 4 * Shape::kLaneKeys;
+    const int lo[2] = {rows.lo[0] - first, rows.lo[1] - first};
+    const int hi[2] = {rows.hi[0] - first, rows.hi[1] - first};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      const int offset = i / 4 * 8 + (i & 1), half = i / 2 % 2;
+      const int offset = Shape::key_of(i), half = i / 2 % 2;
       if ((kLower && offset < lo[half]) || offset >= hi[half]) s[i] = negative_infinity();
     }
   }
@@ -170,40 +170,6 @@ class Consumer {
       most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
     return quad_max(most);
   }
-  __device__ __forceinline__ float row_sum(const float (&s)[kScores], int half,
-                                           float reference) const {
-    float sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        sum[c] += exp2_approx(fmaf(s[4 * i + 2 * half + c], p.scale_log2, -reference));
-    }
-    return sum[0] + sum[1];
-  }
-  /// Adds a tile's exponentials to the sums. Their reference is the maximum of the row's first
-  /// tile: float32 holds what exceeds it by less than 2^100 as well as any other, and what does is
-  /// seen in the sum. Whether a row's reference rises depends on nothing but the row.
-  __device__ __forceinline__ void add_exponentials(const float (&s)[kScores],
-                                                   OnlineRow (&stats)[2]) const {
-    constexpr float kHigh = 0x1p100f;
-    float sum[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      sum[half] = row_sum(s, half, stats[half].reference(p.scale_log2));
-    if (__builtin_expect(__any_sync(0xffffffffu, fmaxf(sum[0], sum[1]) > kHigh), false)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float most = row_max(s, half);
-        if (!(quad_max(sum[half]) > kHigh)) continue;
-        float reference;
-        stats[half].raise(most, p.scale_log2, reference);
-        sum[half] = row_sum(s, half, reference);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) stats[half].sum += sum[half];
-  }
   static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
@@ -221,7 +187,7 @@ class Consumer {
   /// Walks `tiles` tiles of K and V. `softmax(s, j, factor)` turns the scores of tile j into
   /// weights and gives the factors of what came before. The scores of a tile are computed while the
   /// weights of the one before meet their V.
-  template <bool kRescale, class Softmax>
+  template <class Softmax>
   __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs],
                                              const Softmax& softmax) {
     float s[kScores], factor[2];
@@ -243,7 +209,7 @@ class Consumer {
       wgmma_wait<0>();
       pin(o);
       release(v);
-      if constexpr (kRescale) rescale(o, factor);
+      rescale(o, factor);
       pack(s, packed);
     }
     const Cursor last = take();
@@ -257,10 +223,10 @@ class Consumer {
 
   __device__ __forceinline__ void walk_range(const Range& range, const Rows& rows,
                                              float (&o)[kOutputs], OnlineRow (&stats)[2]) {
-    const int tiles = range.tiles(kTileKeys);
+    const int tiles = range.template tiles<Shape>();
     clear(o);
     if (tiles == 0) return;
-    walk_pairs<true>(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
+    walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
       mask(s, rows, range.begin + j * kTileKeys);
       exponentials(s, stats, factor);
     });
@@ -321,125 +287,88 @@ class Consumer {
     list_.advance(kListBuffers);
   }
 
+  /// As walk_range; leaves block scores beside the outputs.
   __device__ __forceinline__ void walk_ranking(const Range& range, const Rows& rows,
                                                float (&o)[kOutputs], OnlineRow (&stats)[2]) {
-    const int tiles = range.tiles(kTileKeys);
-    if (tiles == 0) return clear(o);
-    sum_exponentials(range, tiles, rows, stats);
-    float minus_lse[2];
+    const int tiles = range.template tiles<Shape>();
+    clear(o);
+    Block::wait_empty(block_.barriers.scores_empty, scores_at_);
+    float carried[2] = {};
+    const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
+      mask(s, rows, j * kTileKeys);
+      exponentials(s, stats, factor);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      stats[half].merge_quad(p.scale_log2);
-      const float lse = stats[half].lse2(p.scale_log2);
-      // Rows that only pad the group, and those that see nothing, weigh nothing.
-      const int head = (warp_ * 16 + lane_ / 4 + 8 * half) & ((1 << p.log2_group) - 1);
-      const bool weighs = head < p.group && lse != negative_infinity();
-      minus_lse[half] = weighs ? -lse : negative_infinity();
-    }
-    clear(o);  // not before: there are no registers for it beside the scores of two tiles
-    weigh_values(range, tiles, rows, minus_lse, o);
-  }
-
-  /// First pass over the compressed tokens: reference and sum of each row. The scores of the next
-  /// tile are computed while those of this one are exponentiated.
-  __device__ __forceinline__ void sum_exponentials(const Range& range, int tiles, const Rows& rows,
-                                                   OnlineRow (&stats)[2]) {
-    float even[kScores], odd[kScores];
-    Cursor issued;  // the tile whose scores are underway
-    auto issue = [&](float (&s)[kScores]) {
-      issued = take();
-      wait_full(issued);
-      wgmma_fence();
-      issue_scores(s, issued);
+      for (int half = 0; half < 2; ++half) carried[half] *= factor[half];
+      leave_scores(s, j, stats, carried);
     };
-    auto finish = [&](float (&s)[kScores], int j) {
-      mask(s, rows, range.begin + j * kTileKeys);
-      add_exponentials(s, stats);
-    };
-    auto step = [&](float (&now)[kScores], float (&next)[kScores], int j) {
-      const Cursor done = issued;
-      issue(next);
-      wgmma_wait<1>();
-      pin(now);
-      release(done);
-      finish(now, j);
-    };
-    auto last = [&](float (&s)[kScores], int j) {
-      wgmma_wait<0>();
-      pin(s);
-      release(issued);
-      finish(s, j);
-    };
-    issue(even);
-    wgmma_wait<0>();
-    pin(even);
-    mask(even, rows, range.begin);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) stats[half].max = row_max(even, half);
-    int j = 0;
-    for (; j + 2 < tiles; j += 2) {
-      step(even, odd, j);
-      step(odd, even, j + 1);
-    }
-    if (j + 1 < tiles) {
-      step(even, odd, j);
-      last(odd, j + 1);
+    if (p.has_output) {
+      if (tiles > 0) walk_pairs(tiles, o, softmax);
     } else {
-      last(even, j);
-    }
-  }
-
-  /// Second pass: p = exp(s - lse), its product with V and its share of the importance.
-  __device__ __forceinline__ void weigh_values(const Range& range, int tiles, const Rows& rows,
-                                               const float (&minus_lse)[2], float (&o)[kOutputs]) {
-    auto softmax = [&](float (&s)[kScores], int j, float (&)[2]) {
-      mask(s, rows, range.begin + j * kTileKeys);
-#pragma unroll
-      for (int i = 0; i < kScores; ++i)
-        s[i] = exp2_approx(fmaf(s[i], p.scale_log2, minus_lse[i / 2 % 2]));
-      hand_over_columns(s);
-    };
-    if (p.has_output) return walk_pairs<false>(tiles, o, softmax);
-    float s[kScores], unused[2];
-    for (int j = 0; j < tiles; ++j) {
-      compute_scores(s, take());
-      softmax(s, j, unused);
-    }
-  }
-
-  /// The sums over the heads of each token go to the ranking warps.
-  __device__ __forceinline__ void hand_over_columns(const float (&s)[kScores]) {
-    const Columns<Shape> columns(block_);
-    const int slots = Columns<Shape>::slots(p);
-    Block::wait_empty(block_.barriers.columns_empty, columns_at_);
-#pragma unroll
-    for (int part = 0; part < kTileKeys / 64; ++part) {
-      float weights[1][8][4];
-#pragma unroll
-      for (int i = 0; i < 32; ++i) weights[0][i / 4][i % 4] = s[part * 32 + i];
-      const auto store = [&](int slot, int n8, int count, const float (&v)[16]) {
-        if (slot >= slots) return;
-        float* to = columns.at(columns_at_.slot, slot) + part * 64 + n8 * 8 + lane_ % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          if (i < count)
-            *reinterpret_cast<float2*>(to + i * 8) = make_float2(v[2 * i], v[2 * i + 1]);
-      };
-      if constexpr (Shape::kLargeGroups) {
-        sum_heads_large<1>(p.log2_group, warp_, weights, lane_, store);
-      } else {
-        sum_heads_small<1>(p.log2_group, warp_, weights, lane_, store);
+      float s[kScores], unused[2];
+      for (int j = 0; j < tiles; ++j) {
+        compute_scores(s, take());
+        softmax(s, j, unused);
       }
     }
-    Block::arrive(block_.barriers.columns_full, columns_at_);
-    columns_at_.advance(block_.args.column_slots);
+    leave_lse(stats);
+    Block::arrive(block_.barriers.scores_full, scores_at_);
+    scores_at_.advance(kScoreBuffers);
+  }
+
+  /// What each row's head adds to the importance of a tile's blocks, relative to its reference.
+  /// Lane c of a quad has the four compressed tokens that begin in each of the blocks 8 i + 2 c and
+  /// 8 i + 2 c + 1; the one that reaches into a block from before may be another lane's. Lane 3
+  /// carries the tile's last one over to the next tile.
+  __device__ __forceinline__ void leave_scores(const float (&s)[kScores], int tile,
+                                               const OnlineRow (&stats)[2],
+                                               float (&carried)[2]) const {
+    const BlockScores scores(block_.args, scores_at_.slot);
+    const int quad_lane = lane_ % 4, row = warp_ * 16 + lane_ / 4;
+    // Strides that a compressed token covers of a block: one in its last stride, else all it has.
+    const float reach = p.config.block_size > p.config.block_stride ? 2.0f : 1.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* to = scores.row(tile, row + 8 * half) + 4 * quad_lane;
+      float sums[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto token = [&](int k, int b) { return s[4 * (i + 4 * k) + 2 * half + b]; };
+        const auto inside = [&](int b) {
+          return fmaf(reach, token(0, b) + token(1, b) + token(2, b), token(3, b));
+        };
+        const float sent = quad_lane == 3 ? carried[half] : token(3, 1);
+        const float before = __shfl_sync(0xffffffffu, sent, (lane_ & ~3) | ((lane_ + 3) & 3));
+        carried[half] = token(3, 1);
+        sums[i % 2 * 2] = fmaf(reach - 1.0f, before, inside(0));
+        sums[i % 2 * 2 + 1] = fmaf(reach - 1.0f, token(3, 0), inside(1));
+        if (i % 2)
+          *reinterpret_cast<float4*>(to + i / 2 * 16) =
+              make_float4(sums[0], sums[1], sums[2], sums[3]);
+      }
+      if (quad_lane == 0)
+        scores.references(tile)[row + 8 * half] = stats[half].reference(p.scale_log2);
+    }
+  }
+  /// What turns the references into weights once the job is done.
+  __device__ __forceinline__ void leave_lse(const OnlineRow (&stats)[2]) const {
+    float* to = Ranker<Shape>::smem(block_).minus_lse[scores_at_.slot];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      OnlineRow whole = stats[half];
+      whole.merge_quad(p.scale_log2);
+      const float lse = whole.lse2(p.scale_log2);
+      const int row = warp_ * 16 + lane_ / 4 + 8 * half, head = row & ((1 << p.log2_group) - 1);
+      // Rows that only pad the group, and those that see nothing, weigh nothing.
+      if (lane_ % 4 == 0)
+        to[row] = head < p.group && lse != negative_infinity() ? -lse : negative_infinity();
+    }
   }
 
   const Block& block_;
   const FwdParams& p;
   const int consumer_, warp_, lane_;
   const uint32_t q_;
-  Cursor at_, list_, columns_at_;
+  Cursor at_, list_, scores_at_;
 };
 
 }  // namespace nsa::cuda::sm90

@@ -43,10 +43,10 @@ __device__ __forceinline__ void prefetch_rows(const FwdParams& p, const Job& job
   }
 }
 
-/// Writes lse, output and gated sum of the rows `row` and `row + 8` of the tile. kNormalize: `o` is
-/// still to be divided by the row's sum. kBatch: 16-byte chunks of a row of the gated sum that are
-/// read and written at a time; more hide latency, and take registers.
-template <class T, int kDimV, bool kNormalize, int kBatch>
+/// Writes lse, output (`o`, to be divided by the row's sum) and gated sum of the rows `row` and
+/// `row + 8` of the tile. kBatch: 16-byte chunks of a row of the gated sum that are read and written
+/// at a time; more hide latency, and take registers.
+template <class T, int kDimV, int kBatch>
 __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, int row,
                                            const float (&o)[kDimV / 2], OnlineRow (&stats)[2]) {
   constexpr int kChunks = kDimV / 32;  // of 16 bytes, a quarter of a row
@@ -55,11 +55,8 @@ __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, i
   float lse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float scale = 1.0f;
-    if constexpr (kNormalize) {
-      stats[half].merge_quad(p.scale_log2);
-      scale = stats[half].sum > 0.0f ? 1.0f / stats[half].sum : 0.0f;
-    }
+    stats[half].merge_quad(p.scale_log2);
+    const float scale = stats[half].sum > 0.0f ? 1.0f / stats[half].sum : 0.0f;
     lse[half] = stats[half].lse2(p.scale_log2) * kLn2;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {

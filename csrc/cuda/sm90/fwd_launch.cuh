@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 template <class Shape>
 int64_t plan_shared_memory(FwdArgs& args) {
   constexpr int64_t kLimit = 227 * 1024;
-  constexpr int kEnough = 4, kLeast = 3;  // a K, a V, and one more underway
+  constexpr int kLeast = 3;  // a K, a V, and one more underway
   FwdParams& p = args.p;
   p.tile_tokens = Shape::kRows >> p.log2_group;
   // Token membership of a list's block is a 32-bit mask.
@@ -31,24 +31,22 @@ int64_t plan_shared_memory(FwdArgs& args) {
   for (;; p.tile_tokens /= 2) {
     p.sort_size = 1;
     while (p.sort_size < p.tile_tokens * p.index_count) p.sort_size *= 2;
-    for (int slots = Shape::kWalk == Walk::kRank ? kMaxColumnSlots : 1; slots >= 1; --slots) {
-      int64_t extra = 0;
-      if (Shape::kWalk == Walk::kList) extra = kListBuffers * BlockList::buffer_bytes(p.sort_size);
-      if (Shape::kWalk == Walk::kRank)
-        extra = slots * Columns<Shape>::tile_bytes(p) + Columns<Shape>::list_bytes(p);
-      const int64_t stages = (kLimit - FwdBlock<Shape>::smem_bytes(0, extra)) / Shape::kTileBytes;
-      if (stages < (slots > 1 ? kEnough : kLeast) && p.tile_tokens > 1) continue;
-      args.column_slots = slots;
-      args.stages = static_cast<int>(std::min<int64_t>(stages, kMaxStages));
-      return FwdBlock<Shape>::smem_bytes(args.stages, extra);
-    }
+    int64_t extra = 0;
+    if (Shape::kWalk == Walk::kList) extra = kListBuffers * BlockList::buffer_bytes(p.sort_size);
+    if (Shape::kWalk == Walk::kRank) extra = Ranker<Shape>::kSharedBytes;
+    const int64_t stages = (kLimit - FwdBlock<Shape>::smem_bytes(0, extra)) / Shape::kTileBytes;
+    if (stages < kLeast && p.tile_tokens > 1) continue;
+    args.stages = static_cast<int>(std::min<int64_t>(stages, kMaxStages));
+    return FwdBlock<Shape>::smem_bytes(args.stages, extra);
   }
 }
 
 template <class Shape>
-void launch_shape(const AttnShape& shape, const FwdParams& params, cudaStream_t stream) {
+void launch_shape(const AttnShape& shape, const FwdParams& params, void* workspace,
+                  cudaStream_t stream) {
   FwdArgs args{};
   args.p = params;
+  args.scores = static_cast<float*>(workspace);
   const int64_t bytes = plan_shared_memory<Shape>(args);
   FwdParams& p = args.p;
   p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);
@@ -71,29 +69,26 @@ void launch_shape(const AttnShape& shape, const FwdParams& params, cudaStream_t 
     if (keys == 0 || view.ptr == nullptr) return CUtensorMap{};
     return make_tensor_map(view.ptr, dtype, dim,
                            {{shape.heads_kv, view.head, 1},
-                            {keys, view.seq, Shape::kTileKeys},
+                            {keys, view.seq, Shape::kTileKeys / Shape::kQuarters, Shape::kQuarters},
                             {batch, view.batch, 1}});
   };
   args.k = map(p.k, shape.dim_qk);
   args.v = map(p.v, shape.dim_v);
 
+  args.score_tiles = BlockScores::tiles(p);
   const unsigned blocks = grid_size(std::min<int64_t>(args.jobs, multiprocessor_count()));
   launch_kernel(fwd_kernel<Shape>, "sm90::fwd_kernel", blocks, Shape::kThreads, bytes, stream,
                 args);
 }
 
 template <class T, int kDk, int kDv>
-void launch_fwd(const AttnShape& shape, FwdParams p, cudaStream_t stream) {
+void launch_fwd(const AttnShape& shape, FwdParams p, void* workspace, cudaStream_t stream) {
   if (p.branch == kSelected) {
-    launch_shape<FwdShape<T, kDk, kDv, Walk::kList>>(shape, p, stream);
+    launch_shape<FwdShape<T, kDk, kDv, Walk::kList>>(shape, p, workspace, stream);
   } else if (p.branch == kCompressed && p.block_indices.ptr != nullptr) {
-    if (p.log2_group >= 4) {
-      launch_shape<FwdShape<T, kDk, kDv, Walk::kRank, true>>(shape, p, stream);
-    } else {
-      launch_shape<FwdShape<T, kDk, kDv, Walk::kRank, false>>(shape, p, stream);
-    }
+    launch_shape<FwdShape<T, kDk, kDv, Walk::kRank>>(shape, p, workspace, stream);
   } else {
-    launch_shape<FwdShape<T, kDk, kDv, Walk::kRange>>(shape, p, stream);
+    launch_shape<FwdShape<T, kDk, kDv, Walk::kRange>>(shape, p, workspace, stream);
   }
 }
 

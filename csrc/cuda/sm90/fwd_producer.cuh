@@ -29,18 +29,12 @@ class Producer {
         list_.advance(kListBuffers);
       } else {
         const Range range(block_.p, job);
-        const int tiles = range.tiles(kTileKeys);
-        const bool ranking = Shape::kWalk == Walk::kRank, output = !ranking || block_.p.has_output;
-        const int first_pass = ranking ? tiles : 0;
-        for (int i = 0; i < first_pass + (output ? 2 * tiles : tiles); ++i) {
-          // K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1), after all K of a first pass.
-          const int place = i - first_pass;
-          bool value = false;
-          int tile = place < 0 ? i : place;
-          if (output && place > 0) {
-            value = place % 2 == 0 || place == 2 * tiles - 1;
-            tile = value ? (place - 1) / 2 : (place + 1) / 2;
-          }
+        const int tiles = range.template tiles<Shape>();
+        const bool output = Shape::kWalk != Walk::kRank || block_.p.has_output;
+        for (int i = 0; i < (output ? 2 * tiles : tiles); ++i) {
+          // K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1)
+          const bool value = output && i > 0 && (i % 2 == 0 || i == 2 * tiles - 1);
+          const int tile = value ? (i - 1) / 2 : output ? (i + 1) / 2 : i;
           load(job, value, range.begin + tile * kTileKeys);
         }
       }
@@ -73,8 +67,11 @@ class Producer {
 #pragma unroll
     for (int panel = 0; panel < kMost; ++panel)
       if (panel < panels)
-        tma_load(dst + panel * Shape::kPanelBytes, map, bar, panel * 64, job.head_kv,
-                 static_cast<int>(job.row_k) + key, job.batch);
+#pragma unroll
+        for (int k = 0; k < Shape::kQuarters; ++k)
+          tma_load(dst + panel * Shape::kPanelBytes + k * (Shape::kPanelBytes / Shape::kQuarters),
+                   map, bar, panel * 64, job.head_kv, static_cast<int>(job.row_k) + key + k,
+                   job.batch);
     at_.advance(block_.args.stages);
   }
 

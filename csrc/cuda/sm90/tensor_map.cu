@@ -36,7 +36,8 @@ CUtensorMap make_tensor_map(const void* ptr, DType dtype, int64_t dim,
     sizes[rank] = static_cast<cuuint64_t>(axis.size);
     // The stride of an axis of one element is never used, but must be a valid one.
     strides[rank - 1] = static_cast<cuuint64_t>(axis.size > 1 ? axis.stride : dim) * 2;
-    box[rank] = static_cast<cuuint32_t>(axis.box);
+    box[rank] = static_cast<cuuint32_t>(axis.box * axis.step);
+    steps[rank] = static_cast<cuuint32_t>(axis.step);
     ++rank;
   }
   CUtensorMap map;

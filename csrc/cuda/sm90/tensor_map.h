@@ -19,10 +19,12 @@ inline bool can_map(const InView& view, int64_t batch, int64_t heads) {
   return fits(batch, view.batch) && fits(2, view.seq) && fits(heads, view.head);
 }
 
-/// One axis of a tensor map behind the first: its length, its stride in elements, the box along it.
+/// One axis of a tensor map behind the first: its length, its stride in elements, the box along it,
+/// of every `step`-th.
 struct MapAxis {
   int64_t size, stride;
   int box;
+  int step = 1;
 };
 
 /// Map of 16-bit elements whose innermost axis has `dim` contiguous elements, read in boxes of 64

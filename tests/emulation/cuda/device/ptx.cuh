@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <functional>
 #include <type_traits>
 #include <vector>
@@ -62,6 +64,24 @@ inline void mbarrier_arrive_cp_async(uint32_t bar) {
     mbarrier_arrive(bar);
   });
   thread_copies().clear();
+}
+/// Groups of copies of a thread, which land when they are waited for.
+inline std::deque<std::vector<std::function<void()>>>& thread_groups() {
+  static std::deque<std::vector<std::function<void()>>> groups[32 * emulator::kWarps];
+  return groups[emulator::current.number()];
+}
+inline void cp_async_16(uint32_t dst, const void* src) {
+  if (dst % 16 != 0 || reinterpret_cast<uintptr_t>(src) % 16 != 0) std::abort();
+  thread_copies().push_back([=] { std::memcpy(emulator::shared_pointer(dst), src, 16); });
+}
+inline void cp_async_commit() {
+  thread_groups().push_back(std::move(thread_copies()));
+  thread_copies().clear();
+}
+template <int kPending>
+void cp_async_wait() {
+  for (; thread_groups().size() > kPending; thread_groups().pop_front())
+    for (const auto& copy : thread_groups().front()) copy();
 }
 inline void named_barrier_sync(int id, int threads) { emulator::sync_named(id, threads); }
 

@@ -18,7 +18,7 @@ inline char* aligned_shared_memory() { return emulator::shared_memory() - 16; }
 struct EmulatedMap {
   const char* ptr;
   int rank;
-  std::array<int64_t, 5> size, stride, box;
+  std::array<int64_t, 5> size, stride, box, step;
 };
 inline std::vector<EmulatedMap>& emulated_maps() {
   static std::vector<EmulatedMap> maps;
@@ -45,7 +45,7 @@ inline void emulate_load(uint32_t dst, const CUtensorMap* map, uint32_t bar,
       const char* src = m.ptr;
       bool inside = true;
       for (int axis = 1, rest = row; axis < m.rank; ++axis) {
-        const int64_t index = at[axis] + rest % m.box[axis];
+        const int64_t index = at[axis] + rest % m.box[axis] * m.step[axis];
         rest /= static_cast<int>(m.box[axis]);
         inside = inside && index >= 0 && index < m.size[axis];
         src += index * m.stride[axis];
