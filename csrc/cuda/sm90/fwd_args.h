@@ -36,7 +36,7 @@ struct FwdShape {
   static constexpr int kThreads = (kConsumers + 1) * 128;
   // What setmaxnreg hands out is what the launch took: 168 x 384 and 128 x 512 registers. The
   // producer warpgroup of a list or a ranking does more than issue copies.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 56 : 56;
+  static constexpr int kProducerRegisters = kWalk == Walk::kRank ? 72 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : (504 - kProducerRegisters) / 2;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
                 (kConsumers + 1) * (kConsumers == 3 ? 128 : 168));
