@@ -128,6 +128,11 @@ inline float __int_as_float(int bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
 inline float __uint_as_float(unsigned bits) { return __int_as_float(static_cast<int>(bits)); }
 using std::max;
 using std::min;

@@ -33,13 +33,16 @@ struct FwdShape {
   static constexpr int kConsumers = kWalk == Walk::kList && kDimQk <= 128 ? 3 : 2;
   static constexpr int kTileKeys = kWalk == Walk::kList ? 64 : 128;
   static constexpr int kRows = kConsumers * 64;
-  static constexpr int kThreads = (kConsumers + 1) * 128;
+  static constexpr int kRankers = kWalk == Walk::kRank ? 1 : 0;  // warpgroups
+  static constexpr int kThreads = (1 + kConsumers + kRankers) * 128;
   // What setmaxnreg hands out is what the launch took: 168 x 384 and 128 x 512 registers. The
-  // producer warpgroup of a list or a ranking does more than issue copies.
-  static constexpr int kProducerRegisters = kWalk == Walk::kRank ? 72 : 56;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : (504 - kProducerRegisters) / 2;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                (kConsumers + 1) * (kConsumers == 3 ? 128 : 168));
+  // producer warpgroup of a list does more than issue copies.
+  static constexpr int kProducerRegisters = kWalk == Walk::kRank ? 24 : 56;
+  static constexpr int kRankerRegisters = 56;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kRankers == 1 ? 216 : 224;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters +
+                    kRankers * kRankerRegisters <=
+                kThreads / 128 * (kThreads == 512 ? 128 : 168));
 
   // kRank: a tile's keys lie in quarters, column 32 k + b is key 4 b + k. The four compressed tokens
   // that begin in a selection block are then in the accumulators of one thread.

@@ -1,6 +1,5 @@
 // The best selection blocks of a few tokens in the registers of one warp: lane i holds the i-th
-// best of each token. Nothing waits for shared memory, and the steps of one token hide the latency
-// of the others'.
+// best of each token. The steps of one token hide the latency of the others'.
 #pragma once
 
 #include "cuda/fwd/ranking.cuh"
@@ -10,37 +9,57 @@ namespace nsa::cuda::sm90 {
 template <int kTokens>
 class BestBlocks {
  public:
-  static constexpr int kMostCapacity = 32;
   static constexpr float kAbsent = -1.0f;  // score of what is no block; real ones are not negative
 
   __device__ __forceinline__ explicit BestBlocks(int lane) : lane_(lane) {}
 
-  /// An empty list of `capacity` blocks.
+  /// An empty list of `capacity` <= 32 blocks.
   __device__ __forceinline__ void clear(int token, int capacity) {
     score_[token] = kAbsent;
+    index_[token] = 0;
     capacity_[token] = capacity;
   }
 
-  /// One block of each lane, the same for all tokens, with its score for each. Blocks come in
-  /// ascending order; of equal ones the first stays ahead.
-  __device__ __forceinline__ void offer(const float (&score)[kTokens], int block) {
-    float threshold[kTokens];
-    uint32_t waiting[kTokens];
-    int most = 0;
+  /// From the best score that each lane has seen of each token: what the scores of its list must
+  /// exceed. The capacity-th best lane's is a bound: so many blocks are as good, and few are better.
+  __device__ __forceinline__ void bound(const float (&most)[kTokens],
+                                        float (&exceed)[kTokens]) const {
+    float score[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) score[i] = most[i];
+    sort([&](int distance, bool better) {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        const float other = __shfl_xor_sync(kAll, score[i], distance);
+        score[i] = better ? fmaxf(score[i], other) : fminf(score[i], other);
+      }
+    });
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      threshold[i] = __shfl_sync(kAll, score_[i], (capacity_[i] - 1) & 31);
-      if (capacity_[i] == 0) threshold[i] = __int_as_float(0x7f800000);
-      waiting[i] = __ballot_sync(kAll, score[i] > threshold[i]);
-      most = max(most, __popc(waiting[i]));
+      const float least = __shfl_sync(kAll, score[i], (capacity_[i] - 1) & 31);
+      // The next number below it; all blocks where there are too few.
+      exceed[i] = least > 0.0f ? __int_as_float(__float_as_int(least) - 1) : 0.5f * kAbsent;
+      if (capacity_[i] == 0) exceed[i] = __int_as_float(0x7f800000);
     }
-    if (most == 0) return;
-    if (most > kFew) {
-      merge(score, threshold, block);
-    } else {
+  }
+  /// The same from the lists, where they are full.
+  __device__ __forceinline__ void raise(float (&exceed)[kTokens]) const {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+      exceed[i] = fmaxf(exceed[i], __shfl_sync(kAll, score_[i], (capacity_[i] - 1) & 31));
+  }
+
+  /// Takes a block of each lane for each token: sorts them, keeps the better halves of them and the
+  /// lists, and sorts those, all bitonic. Of equal scores the lower block is ahead.
+  __device__ __forceinline__ void merge(float (&score)[kTokens], int (&block)[kTokens]) {
+    sort([&](int distance, bool better) { exchange(score, block, distance, better); });
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+      keep(score_[i], index_[i], __shfl_xor_sync(kAll, score[i], 31),
+           __shfl_xor_sync(kAll, block[i], 31), true);
 #pragma unroll 1
-      for (; most > 0; --most) insert(score, block - lane_, waiting);
-    }
+    for (int distance = 16; distance > 0; distance /= 2)
+      exchange(score_, index_, distance, (lane_ & distance) == 0);
   }
 
   /// The token's row of block_indices: the forced blocks and the list, ascending, padded with -1.
@@ -65,51 +84,16 @@ class BestBlocks {
 
  private:
   static constexpr uint32_t kAll = 0xffffffffu;
-  static constexpr int kFew = 6;  // so many insertions take as long as a merge
 
-  /// Moves one of the waiting blocks of each token to its place.
-  __device__ __forceinline__ void insert(const float (&score)[kTokens], int first_block,
-                                         uint32_t (&waiting)[kTokens]) {
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const int from = __ffs(waiting[i]) - 1;
-      const float shared = __shfl_sync(kAll, score[i], from & 31);
-      const float inserted = from < 0 ? kAbsent : shared;  // nothing moves for an absent one
-      const int ahead = __popc(__ballot_sync(kAll, score_[i] >= inserted));
-      const float score_before = __shfl_up_sync(kAll, score_[i], 1);
-      const int index_before = __shfl_up_sync(kAll, index_[i], 1);
-      if (lane_ >= ahead) {
-        score_[i] = lane_ == ahead ? inserted : score_before;
-        index_[i] = lane_ == ahead ? first_block + from : index_before;
-      }
-      waiting[i] &= waiting[i] - 1;
-    }
-  }
-
-  /// Takes all blocks that exceed the thresholds: sorts them, keeps the better halves of them and
-  /// the lists, and sorts those, all bitonic.
-  __device__ __forceinline__ void merge(const float (&offered)[kTokens],
-                                        const float (&threshold)[kTokens], int block) {
-    float score[kTokens];
-    int index[kTokens];
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      score[i] = offered[i] > threshold[i] ? offered[i] : kAbsent;
-      index[i] = block;
-    }
+  /// exchange(distance, better) of a bitonic network, best first.
+  template <class Exchange>
+  __device__ __forceinline__ void sort(const Exchange& exchange) const {
 #pragma unroll 1
     for (int run = 2; run <= 32; run *= 2) {
 #pragma unroll 1
       for (int distance = run / 2; distance > 0; distance /= 2)
-        exchange(score, index, distance, ((lane_ & distance) == 0) == ((lane_ & run) == 0));
+        exchange(distance, ((lane_ & distance) == 0) == ((lane_ & run) == 0));
     }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i)
-      keep(score_[i], index_[i], __shfl_xor_sync(kAll, score[i], 31),
-           __shfl_xor_sync(kAll, index[i], 31), true);
-#pragma unroll 1
-    for (int distance = 16; distance > 0; distance /= 2)
-      exchange(score_, index_, distance, (lane_ & distance) == 0);
   }
   __device__ __forceinline__ void exchange(float (&score)[kTokens], int (&index)[kTokens],
                                            int distance, bool better) const {
@@ -129,7 +113,7 @@ class BestBlocks {
 
   const int lane_;
   float score_[kTokens];
-  int index_[kTokens] = {}, capacity_[kTokens];
+  int index_[kTokens], capacity_[kTokens];
 };
 
 }  // namespace nsa::cuda::sm90

@@ -12,7 +12,7 @@ namespace nsa::cuda::sm90 {
 inline constexpr int kMaxStages = 16;
 inline constexpr int kListBuffers = 2;
 inline constexpr int kScoreBuffers = 2;
-inline constexpr int kRankingWarps = 3;  // warps 1-3 of the producer warpgroup
+inline constexpr int kRankingWarps = 4;
 
 /// A position in a ring: which slot, and the parity of its phase.
 struct Cursor {

@@ -1,5 +1,5 @@
 // The forward on Hopper: persistent blocks of a producer warpgroup, which loads tiles of K and V
-// with TMA and prepares lists or ranks blocks, and consumer warpgroups of 64 query rows each.
+// with TMA and prepares lists, consumer warpgroups of 64 query rows each, and one that ranks blocks.
 #pragma once
 
 #include "cuda/sm90/fwd_consumer.cuh"
@@ -13,19 +13,18 @@ __device__ __forceinline__ void run_block(const FwdArgs& args, char* smem) {
   const FwdBlock<Shape> block(args, smem);
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
-  const int warp = threadIdx.x / 32;
-  if (warp >= 4) {
-    raise_registers<Shape::kConsumerRegisters>();
-    Consumer<Shape>(block, warp / 4 - 1).run();
-    return;
-  }
-  lower_registers<Shape::kProducerRegisters>();
-  if (warp == 0) {
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    lower_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) Producer<Shape>(block).load_tiles();
-  } else if constexpr (Shape::kWalk == Walk::kList) {
-    Producer<Shape>(block).build_lists();
-  } else if constexpr (Shape::kWalk == Walk::kRank) {
-    Ranker<Shape>(block, warp - 1).run();
+    if constexpr (Shape::kWalk == Walk::kList)
+      if (threadIdx.x >= 32) Producer<Shape>(block).build_lists();
+  } else if (warpgroup <= Shape::kConsumers) {
+    raise_registers<Shape::kConsumerRegisters>();
+    Consumer<Shape>(block, warpgroup - 1).run();
+  } else if constexpr (Shape::kRankers > 0) {
+    lower_registers<Shape::kRankerRegisters>();
+    Ranker<Shape>(block, threadIdx.x % 128 / 32).run();
   }
 }
 

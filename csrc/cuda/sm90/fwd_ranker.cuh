@@ -11,7 +11,7 @@ namespace nsa::cuda::sm90 {
 template <class Shape>
 class Ranker {
   using Block = FwdBlock<Shape>;
-  static constexpr int kTokensOfWarp = 3;  // at a time: the steps of one hide the latency of others
+  static constexpr int kTokensOfWarp = 2;  // at a time
   using Lists = BestBlocks<kTokensOfWarp>;
 
   /// Up to 16 rows of a token and tile, in shared memory while they are weighed.
@@ -20,9 +20,16 @@ class Ranker {
     float weights[16];  // first the references
   };
 
+  /// A block that may belong to a list.
+  struct Candidate {
+    float score;
+    int block;
+  };
+
  public:
   struct Smem {
     Chunk chunks[kRankingWarps][kTokensOfWarp];
+    Candidate candidates[kRankingWarps][kTokensOfWarp][32];
     float minus_lse[kScoreBuffers][BlockScores::kRows];  // base two; -inf: a row without weight
   };
   static constexpr int64_t kSharedBytes = sizeof(Smem);
@@ -93,46 +100,32 @@ class Ranker {
     return sum;
   }
 
-  /// Ranks the blocks of the tokens `first` and kRankingWarps, 2 kRankingWarps after it.
+  /// The tokens that a warp ranks together.
+  struct Tokens {
+    int row[kTokensOfWarp];       // the first row of each; past the job's last token that one's
+    int open_end[kTokensOfWarp];  // blocks from num_init up to here are not forced; 0: no token
+  };
+
+  /// Ranks the blocks of the tokens `first` and kRankingWarps after it. First the scores of all
+  /// blocks, from which a bound follows; then a list of the few that exceed it.
   __device__ __forceinline__ void rank(const Job& job, int first) const {
     const int tiles = Range(p_, job).template tiles<Shape>();
     const BlockScores scores(block_.args, at_.slot);
-    Chunk(&chunks)[kTokensOfWarp] = smem_.chunks[warp_];
     Lists lists(lane_);
-    int open_end[kTokensOfWarp];  // blocks from num_init up to here are not forced
-    int row[kTokensOfWarp];
+    Tokens tokens;
 #pragma unroll
     for (int i = 0; i < kTokensOfWarp; ++i) {
       const int token = first + i * kRankingWarps;
       const Forced forced(p_, job.position(token));
       lists.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
-      open_end[i] = forced.local;
-      row[i] = min(token, job.tokens - 1) << p_.log2_group;
-      if (tiles > 0) copy(scores, 0, row[i], chunks[i]);
+      tokens.open_end[i] = token < job.tokens ? forced.local : 0;
+      tokens.row[i] = min(token, job.tokens - 1) << p_.log2_group;
     }
+    float exceed[kTokensOfWarp];
+    lists.bound(sum_rows(scores, tiles, tokens).score, exceed);
     // Blocks may begin past the last tile, where no compressed token reaches.
     const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
-#pragma unroll 1
-    for (int tile = 0; tile < tiles || tile * BlockScores::kBlocks <= last_block; ++tile) {
-      const int block = tile * BlockScores::kBlocks + lane_;
-      float score[kTokensOfWarp] = {};
-#pragma unroll 1
-      for (int share = 0; tile < tiles && share < shares(); ++share) {
-        // Next in the same place: the token's next share, or the first of the next tile.
-        const bool last = share + 1 == shares();
-        const int next_tile = min(tile + last, tiles - 1), next_row = last ? 0 : 16 * (share + 1);
-#pragma unroll
-        for (int i = 0; i < kTokensOfWarp; ++i) {
-          score[i] += weigh(row[i] + 16 * share, chunks[i]);
-          copy(scores, next_tile, row[i] + next_row, chunks[i]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kTokensOfWarp; ++i)
-        if (block < p_.config.num_init || block >= open_end[i]) score[i] = Lists::kAbsent;
-      lists.offer(score, block);
-    }
-    cp_async_wait<0>();  // of a tile that is not there
+    list(scores, tiles, max(tiles, last_block / BlockScores::kBlocks + 1), tokens, exceed, lists);
     const View<int32_t>& view = p_.block_indices;
 #pragma unroll
     for (int i = 0; i < kTokensOfWarp; ++i) {
@@ -142,6 +135,105 @@ class Ranker {
                   view.ptr + job.batch * view.batch + (job.row_q + token) * view.seq +
                       job.head_kv * view.head);
     }
+  }
+
+  /// Whether importance decides about a block of a token.
+  __device__ __forceinline__ bool open(const Tokens& tokens, int i, int block) const {
+    return block >= p_.config.num_init && block < tokens.open_end[i];
+  }
+
+  struct Most {
+    float score[kTokensOfWarp];
+  };
+  /// Sums the rows of each token, into its first. Returns the best that this lane has seen.
+  __device__ __forceinline__ Most sum_rows(const BlockScores& scores, int tiles,
+                                           const Tokens& tokens) const {
+    Chunk(&chunks)[kTokensOfWarp] = smem_.chunks[warp_];
+    Most most;
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      most.score[i] = Lists::kAbsent;
+      if (tiles > 0) copy(scores, 0, tokens.row[i], chunks[i]);
+    }
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      float score[kTokensOfWarp] = {};
+#pragma unroll 1
+      for (int share = 0; share < shares(); ++share) {
+        // Next in the same place: the token's next share, or the first of the next tile.
+        const bool last = share + 1 == shares();
+        const int next_tile = min(tile + last, tiles - 1), next_row = last ? 0 : 16 * (share + 1);
+#pragma unroll
+        for (int i = 0; i < kTokensOfWarp; ++i) {
+          score[i] += weigh(tokens.row[i] + 16 * share, chunks[i]);
+          copy(scores, next_tile, tokens.row[i] + next_row, chunks[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTokensOfWarp; ++i) {
+        if (open(tokens, i, tile * BlockScores::kBlocks + lane_))
+          most.score[i] = fmaxf(most.score[i], score[i]);
+        if (tokens.open_end[i] > 0) scores.row(tile, tokens.row[i])[lane_] = score[i];
+      }
+    }
+    cp_async_wait<0>();  // of a tile that is not there
+    return most;
+  }
+
+  /// Lists the blocks of `all_tiles` tiles whose scores exceed the bounds; those past `tiles` have
+  /// no score.
+  __device__ __forceinline__ void list(const BlockScores& scores, int tiles, int all_tiles,
+                                       const Tokens& tokens, float (&exceed)[kTokensOfWarp],
+                                       Lists& lists) const {
+    constexpr int kBatch = 4;  // tiles at a time: their reads overlap
+    int waiting[kTokensOfWarp] = {};
+#pragma unroll 1
+    for (int base = 0; base < all_tiles; base += kBatch) {
+      float score[kBatch][kTokensOfWarp];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTokensOfWarp; ++i) {
+          const int tile = base + j;
+          score[j][i] = tile < tiles ? scores.row(tile, tokens.row[i])[lane_] : 0.0f;
+          if (!open(tokens, i, tile * BlockScores::kBlocks + lane_)) score[j][i] = Lists::kAbsent;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTokensOfWarp; ++i) {
+          uint32_t better = __ballot_sync(0xffffffffu, score[j][i] > exceed[i]);
+          if (better == 0) continue;
+          if (waiting[i] + __popc(better) > 32) {
+            flush(waiting, lists);
+            lists.raise(exceed);
+            better = __ballot_sync(0xffffffffu, score[j][i] > exceed[i]);
+          }
+          const int place = waiting[i] + __popc(better & ((1u << lane_) - 1));
+          if (better >> lane_ & 1)
+            smem_.candidates[warp_][i][place] = {score[j][i],
+                                                 (base + j) * BlockScores::kBlocks + lane_};
+          waiting[i] += __popc(better);
+        }
+      }
+    }
+    flush(waiting, lists);
+  }
+  /// Merges the candidates that wait into the lists.
+  __device__ __forceinline__ void flush(int (&waiting)[kTokensOfWarp], Lists& lists) const {
+    float score[kTokensOfWarp];
+    int block[kTokensOfWarp];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      const Candidate candidate = smem_.candidates[warp_][i][lane_];
+      score[i] = lane_ < waiting[i] ? candidate.score : Lists::kAbsent;
+      block[i] = candidate.block;
+      waiting[i] = 0;
+    }
+    __syncwarp();  // their places are free
+    lists.merge(score, block);
   }
 
   const Block& block_;
