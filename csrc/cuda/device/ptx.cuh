@@ -153,6 +153,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+/// log2(x) by the special function unit; -inf for 0.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Two values rounded to T, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi);

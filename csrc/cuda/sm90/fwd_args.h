@@ -17,7 +17,7 @@ struct FwdArgs {
   int64_t jobs;          // tiles * batch * kv heads
   int32_t stages;        // K or V tiles in shared memory
   int32_t score_tiles;   // kRank: tiles of the longest sequence
-  float* scores;         // kRank: ScoreBuffers of each block of threads
+  char* scores;          // kRank: BlockScores of each block of threads
   CUtensorMap q;         // (Dk, G, Hkv, Sq, B), box (64, padded G, 1, tokens of 64 rows, 1)
   CUtensorMap k, v;      // (D, Hkv, Sk, B), box (64, 1, kTileKeys, 1)
 };

@@ -143,13 +143,15 @@ class Consumer {
     }
   }
 
-  /// Online softmax of one tile: s becomes exponentials; returns the factors for what came before.
+  /// Online softmax of one tile: s becomes exponentials; gives the factors for what came before,
+  /// and the tile's own maxima.
   __device__ __forceinline__ void exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
-                                               float (&factor)[2]) const {
+                                               float (&factor)[2], float (&most)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float reference, sum = 0.0f;
-      factor[half] = stats[half].raise(row_max(s, half), p.scale_log2, reference);
+      most[half] = row_max(s, half);
+      factor[half] = stats[half].raise(most[half], p.scale_log2, reference);
 #pragma unroll
       for (int i = 0; i < kScores / 4; ++i) {
 #pragma unroll
@@ -227,8 +229,9 @@ class Consumer {
     clear(o);
     if (tiles == 0) return;
     walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
+      float unused[2];
       mask(s, rows, range.begin + j * kTileKeys);
-      exponentials(s, stats, factor);
+      exponentials(s, stats, factor, unused);
     });
   }
 
@@ -265,9 +268,9 @@ class Consumer {
           seen.hi[half] = chosen ? min(key + keys, job.position(rows.token[half]) + 1) : 0;
         }
         if (__any_sync(0xffffffffu, max(seen.hi[0], seen.hi[1]) > key)) {
-          float factor[2];
+          float factor[2], unused[2];
           mask(s, seen, key);
-          exponentials(s, stats, factor);
+          exponentials(s, stats, factor, unused);
           rescale(o, factor);
           pack(s, packed);
         } else {  // another warp's token chose the block
@@ -295,11 +298,12 @@ class Consumer {
     Block::wait_empty(block_.barriers.scores_empty, scores_at_);
     float carried[2] = {};
     const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
+      float most[2];
       mask(s, rows, j * kTileKeys);
-      exponentials(s, stats, factor);
+      exponentials(s, stats, factor, most);
 #pragma unroll
       for (int half = 0; half < 2; ++half) carried[half] *= factor[half];
-      leave_scores(s, j, stats, carried);
+      leave_scores(s, j, stats, most, carried);
     };
     if (p.has_output) {
       if (tiles > 0) walk_pairs(tiles, o, softmax);
@@ -315,21 +319,27 @@ class Consumer {
     scores_at_.advance(kScoreBuffers);
   }
 
-  /// What each row's head adds to the importance of a tile's blocks, relative to its reference.
-  /// Lane c of a quad has the four compressed tokens that begin in each of the blocks 8 i + 2 c and
-  /// 8 i + 2 c + 1; the one that reaches into a block from before may be another lane's. Lane 3
-  /// carries the tile's last one over to the next tile.
+  /// What each row's head adds to the importance of a tile's blocks, relative to the row's
+  /// greatest share in the tile. Lane c of a quad has the four compressed tokens that begin in each of the blocks
+  /// 8 i + 2 c and 8 i + 2 c + 1; the one that reaches into a block from before may be another
+  /// lane's. Lane 3 carries the tile's last one over to the next tile.
   __device__ __forceinline__ void leave_scores(const float (&s)[kScores], int tile,
                                                const OnlineRow (&stats)[2],
-                                               float (&carried)[2]) const {
+                                               const float (&most)[2], float (&carried)[2]) const {
     const BlockScores scores(block_.args, scores_at_.slot);
     const int quad_lane = lane_ % 4, row = warp_ * 16 + lane_ / 4;
     // Strides that a compressed token covers of a block: one in its last stride, else all it has.
     const float reach = p.config.block_size > p.config.block_stride ? 2.0f : 1.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float* to = scores.row(tile, row + 8 * half) + 4 * quad_lane;
-      float sums[4];
+      // The greatest that adds to a block, but not so far below the reference of the exponentials
+      // that these are zero.
+      const float reference = stats[half].reference(p.scale_log2);
+      const float reaching = __shfl_sync(0xffffffffu, carried[half], lane_ | 3);
+      const float greatest = fmaxf(most[half] * p.scale_log2, reference + log2_approx(reaching));
+      const float tile_reference = fmaxf(greatest, reference - 100.0f) - BlockScores::kScaleLog2;
+      const float scale = exp2_approx(reference - tile_reference);
+      uint32_t packed[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const auto token = [&](int k, int b) { return s[4 * (i + 4 * k) + 2 * half + b]; };
@@ -339,14 +349,12 @@ class Consumer {
         const float sent = quad_lane == 3 ? carried[half] : token(3, 1);
         const float before = __shfl_sync(0xffffffffu, sent, (lane_ & ~3) | ((lane_ + 3) & 3));
         carried[half] = token(3, 1);
-        sums[i % 2 * 2] = fmaf(reach - 1.0f, before, inside(0));
-        sums[i % 2 * 2 + 1] = fmaf(reach - 1.0f, token(3, 0), inside(1));
-        if (i % 2)
-          *reinterpret_cast<float4*>(to + i / 2 * 16) =
-              make_float4(sums[0], sums[1], sums[2], sums[3]);
+        packed[i] = pack2<__half>(scale * fmaf(reach - 1.0f, before, inside(0)),
+                                  scale * fmaf(reach - 1.0f, token(3, 0), inside(1)));
       }
-      if (quad_lane == 0)
-        scores.references(tile)[row + 8 * half] = stats[half].reference(p.scale_log2);
+      *reinterpret_cast<uint4*>(scores.row(tile, row + 8 * half) + 16 * quad_lane) =
+          make_uint4(packed[0], packed[1], packed[2], packed[3]);
+      if (quad_lane == 0) scores.references(tile)[row + 8 * half] = tile_reference;
     }
   }
   /// What turns the references into weights once the job is done.

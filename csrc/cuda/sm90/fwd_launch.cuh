@@ -46,7 +46,7 @@ void launch_shape(const AttnShape& shape, const FwdParams& params, void* workspa
                   cudaStream_t stream) {
   FwdArgs args{};
   args.p = params;
-  args.scores = static_cast<float*>(workspace);
+  args.scores = static_cast<char*>(workspace);
   const int64_t bytes = plan_shared_memory<Shape>(args);
   FwdParams& p = args.p;
   p.tiles = ceil_div(p.seqlen_q, p.tile_tokens);

@@ -14,11 +14,12 @@ class Ranker {
   static constexpr int kTokensOfWarp = 2;  // at a time
   using Lists = BestBlocks<kTokensOfWarp>;
 
-  /// Up to 16 rows of a token and tile, in shared memory while they are weighed.
+  /// Up to 16 rows of a token and tile, on their way through shared memory.
   struct Chunk {
-    float scores[16 * BlockScores::kBlocks];
-    float weights[16];  // first the references
+    char scores[16 * BlockScores::kRowBytes];
+    float references[16];
   };
+  static constexpr int kChunks = 2;  // of a token: one is read, one underway
 
   /// A block that may belong to a list.
   struct Candidate {
@@ -28,9 +29,10 @@ class Ranker {
 
  public:
   struct Smem {
-    Chunk chunks[kRankingWarps][kTokensOfWarp];
+    Chunk chunks[kRankingWarps][kChunks][kTokensOfWarp];
     Candidate candidates[kRankingWarps][kTokensOfWarp][32];
     float minus_lse[kScoreBuffers][BlockScores::kRows];  // base two; -inf: a row without weight
+    Job jobs[kRankingWarps];  // there are no registers to keep them in
   };
   static constexpr int64_t kSharedBytes = sizeof(Smem);
 
@@ -42,9 +44,12 @@ class Ranker {
       : block_(block), p_(block.p), smem_(smem(block)), warp_(warp), lane_(threadIdx.x % 32) {}
 
   __device__ void run() {
-    Job job;
+    Job next;
+    const Job& job = smem_.jobs[warp_];
     int64_t index = Block::before_first_job();
-    while (block_.next_job(index, job)) {
+    while (block_.next_job(index, next)) {
+      if (lane_ == 0) smem_.jobs[warp_] = next;
+      __syncwarp();
       Block::wait_full(block_.barriers.scores_full, at_);
       for (int token = warp_; token < job.tokens; token += kTokensOfWarp * kRankingWarps)
         rank(job, token);
@@ -54,50 +59,68 @@ class Ranker {
   }
 
  private:
-  /// Chunks of a token and tile. Rows are copied four at a time; of a token with fewer some are
-  /// others', and weigh nothing.
+  /// Chunks of a token and tile, and rows of a chunk.
   __device__ __forceinline__ int shares() const { return max(1 << p_.log2_group >> 4, 1); }
-  __device__ __forceinline__ int chunk_rows() const { return min(max(1 << p_.log2_group, 4), 16); }
+  __device__ __forceinline__ int chunk_rows() const { return min(1 << p_.log2_group, 16); }
 
   /// Starts the copy of rows from `row` on of a tile; a group of copies of its own.
   __device__ __forceinline__ void copy(const BlockScores& scores, int tile, int row,
                                        Chunk& chunk) const {
-    const float* from = scores.row(tile, row & ~3) + 4 * lane_;
-    const uint32_t to = smem_addr(chunk.scores + 4 * lane_);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)  // of 128 floats, 4 rows
-      if (4 * i < chunk_rows()) cp_async_16(to + i * 512, from + i * 128);
+    const char* from = scores.row(tile, row) + 16 * lane_;
+    const uint32_t to = smem_addr(chunk.scores + 16 * lane_);
+    if (lane_ < 4 * chunk_rows()) cp_async_16(to, from);  // 8 rows of 64 bytes
+    if (chunk_rows() > 8) cp_async_16(to + 512, from + 512);
     if (4 * lane_ < chunk_rows())
-      cp_async_16(smem_addr(chunk.weights + 4 * lane_),
-                  scores.references(tile) + (row & ~3) + 4 * lane_);
+      cp_async_16(smem_addr(chunk.references + 4 * lane_),
+                  scores.references(tile) + row + 4 * lane_);
     cp_async_commit();
   }
 
   /// What the rows of a chunk, a token's from `row` on, add to the score of this lane's block.
-  __device__ __forceinline__ float weigh(int row, Chunk& chunk) const {
-    cp_async_wait<kTokensOfWarp - 1>();
+  __device__ __forceinline__ float weigh(int row, const Chunk& chunk) const {
+    cp_async_wait<kChunks * kTokensOfWarp - 1>();
     __syncwarp();
-    if (lane_ < chunk_rows()) {
-      const int first = row & 3;
-      const bool own = lane_ >= first && lane_ < first + (1 << p_.log2_group);
-      const float minus_lse = smem_.minus_lse[at_.slot][(row & ~3) + lane_];
-      float& weight = chunk.weights[lane_];
-      weight = own ? exp2_approx(weight + minus_lse) : 0.0f;
-    }
-    __syncwarp();
-    const float* scores = chunk.scores + BlockScores::word(lane_);
-    float sum = 0.0f;
+    // Lane c of quad g has the blocks 8 i + 2 c + b of the rows g and g + 8.
+    float sums[8] = {};
 #pragma unroll
-    for (int r = 0; r < 16; r += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const int r = lane_ / 4 + 8 * half;
       if (r >= chunk_rows()) break;
-      const float4 weights = *reinterpret_cast<const float4*>(chunk.weights + r);
-      sum = fmaf(weights.x, scores[r * BlockScores::kBlocks], sum);
-      sum = fmaf(weights.y, scores[(r + 1) * BlockScores::kBlocks], sum);
-      sum = fmaf(weights.z, scores[(r + 2) * BlockScores::kBlocks], sum);
-      sum = fmaf(weights.w, scores[(r + 3) * BlockScores::kBlocks], sum);
+      const float weight =
+          exp2_approx(chunk.references[r] + smem_.minus_lse[at_.slot][row + r]);
+      const uint4 words =
+          *reinterpret_cast<const uint4*>(chunk.scores + 512 * half + 16 * lane_);
+      const uint32_t packed[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack2<__half>(packed[i]);
+        sums[2 * i] = fmaf(weight, pair.x, sums[2 * i]);
+        sums[2 * i + 1] = fmaf(weight, pair.y, sums[2 * i + 1]);
+      }
     }
     __syncwarp();  // the chunk's place is free
-    return sum;
+    // Over the quads. Each step halves what a lane keeps.
+#pragma unroll
+    for (int kept = 4; kept > 0; kept /= 2) {
+      const int bit = 4 * kept;
+      const bool upper = lane_ & bit;
+#pragma unroll
+      for (int i = 0; i < kept; ++i) {
+        const float low = sums[i], high = sums[i + kept];
+        sums[i] = (upper ? high : low) +
+                  __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+      }
+    }
+    return sums[0];
+  }
+  /// The block of a tile whose score weigh() gives to this lane.
+  __device__ __forceinline__ int lane_block() const {
+    return (lane_ & 24) + lane_ % 4 * 2 + lane_ / 4 % 2;
+  }
+  /// Where a token's scores are once they are summed: over its first rows, by lanes.
+  __device__ __forceinline__ float& sum(const BlockScores& scores, int tile, int row) const {
+    static_assert(4 * BlockScores::kRowBytes >= 32 * sizeof(float));
+    return reinterpret_cast<float*>(scores.row(tile, row))[lane_];
   }
 
   /// The tokens that a warp ranks together.
@@ -148,32 +171,45 @@ class Ranker {
   /// Sums the rows of each token, into its first. Returns the best that this lane has seen.
   __device__ __forceinline__ Most sum_rows(const BlockScores& scores, int tiles,
                                            const Tokens& tokens) const {
-    Chunk(&chunks)[kTokensOfWarp] = smem_.chunks[warp_];
+    Chunk(&chunks)[kChunks][kTokensOfWarp] = smem_.chunks[warp_];
     Most most;
 #pragma unroll
-    for (int i = 0; i < kTokensOfWarp; ++i) {
-      most.score[i] = Lists::kAbsent;
-      if (tiles > 0) copy(scores, 0, tokens.row[i], chunks[i]);
+    for (int i = 0; i < kTokensOfWarp; ++i) most.score[i] = Lists::kAbsent;
+    if (tiles == 0) return most;
+    int next_tile = 0, next_share = 0;
+    const auto copy_next = [&](int place, int i) {
+      copy(scores, next_tile, tokens.row[i] + 16 * next_share, chunks[place][i]);
+    };
+    const auto move_on = [&] {
+      if (++next_share < shares()) return;
+      next_share = 0;
+      next_tile = min(next_tile + 1, tiles - 1);  // past the end the last tile again
+    };
+#pragma unroll
+    for (int place = 0; place < kChunks; ++place) {
+#pragma unroll
+      for (int i = 0; i < kTokensOfWarp; ++i) copy_next(place, i);
+      move_on();
     }
+    int place = 0;
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       float score[kTokensOfWarp] = {};
 #pragma unroll 1
       for (int share = 0; share < shares(); ++share) {
-        // Next in the same place: the token's next share, or the first of the next tile.
-        const bool last = share + 1 == shares();
-        const int next_tile = min(tile + last, tiles - 1), next_row = last ? 0 : 16 * (share + 1);
 #pragma unroll
         for (int i = 0; i < kTokensOfWarp; ++i) {
-          score[i] += weigh(tokens.row[i] + 16 * share, chunks[i]);
-          copy(scores, next_tile, tokens.row[i] + next_row, chunks[i]);
+          score[i] += weigh(tokens.row[i] + 16 * share, chunks[place][i]);
+          copy_next(place, i);
         }
+        move_on();
+        place ^= 1;
       }
 #pragma unroll
       for (int i = 0; i < kTokensOfWarp; ++i) {
-        if (open(tokens, i, tile * BlockScores::kBlocks + lane_))
+        if (open(tokens, i, tile * BlockScores::kBlocks + lane_block()))
           most.score[i] = fmaxf(most.score[i], score[i]);
-        if (tokens.open_end[i] > 0) scores.row(tile, tokens.row[i])[lane_] = score[i];
+        if (tokens.open_end[i] > 0) sum(scores, tile, tokens.row[i]) = score[i];
       }
     }
     cp_async_wait<0>();  // of a tile that is not there
@@ -195,8 +231,8 @@ class Ranker {
 #pragma unroll
         for (int i = 0; i < kTokensOfWarp; ++i) {
           const int tile = base + j;
-          score[j][i] = tile < tiles ? scores.row(tile, tokens.row[i])[lane_] : 0.0f;
-          if (!open(tokens, i, tile * BlockScores::kBlocks + lane_)) score[j][i] = Lists::kAbsent;
+          score[j][i] = tile < tiles ? sum(scores, tile, tokens.row[i]) : 0.0f;
+          if (!open(tokens, i, tile * BlockScores::kBlocks + lane_block())) score[j][i] = Lists::kAbsent;
         }
       }
 #pragma unroll
@@ -213,7 +249,7 @@ class Ranker {
           const int place = waiting[i] + __popc(better & ((1u << lane_) - 1));
           if (better >> lane_ & 1)
             smem_.candidates[warp_][i][place] = {score[j][i],
-                                                 (base + j) * BlockScores::kBlocks + lane_};
+                                                 (base + j) * BlockScores::kBlocks + lane_block()};
           waiting[i] += __popc(better);
         }
       }

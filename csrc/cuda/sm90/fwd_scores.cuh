@@ -1,10 +1,13 @@
 // Scores of selection blocks on their way from the consumers to the ranking warps.
 //
 // A consumer walks the compressed tokens once, so a row's lse is known only at its end. What the
-// row's head adds to the importance of a block (eq. 8-10) is therefore left relative to the
-// reference that the row has at that tile, and weighed by 2^(reference - lse) when the job is
-// ranked, while the consumers work on the next. Global memory that a block of threads writes and
-// reads again soon after: most of it stays in L2.
+// row's head adds to the importance of a block (eq. 8-10) is therefore left relative to a reference
+// of its row and tile, and weighed by 2^(reference - lse) when the job is ranked, while the
+// consumers work on the next.
+//
+// In float32 they cost 3 ms of 65536 tokens, because they do not stay in L2; so they are float16,
+// with the row's own greatest score in the tile as reference: what lies up to 2^-26 below it is off
+// by at most 2^-11 of itself, and the sum over heads is float32.
 #pragma once
 
 #include "cuda/sm90/fwd_block.cuh"
@@ -12,18 +15,23 @@
 namespace nsa::cuda::sm90 {
 
 /// Whether these kernels rank the blocks of a call: four compressed tokens begin in a selection
-/// block, at most one reaches into it from before, and a warp's lanes hold a list.
+/// block, at most one reaches into it from before, a token has four rows, a warp's lanes hold a list.
 inline bool ranks(const FwdParams& p) {
   return p.select_shift - p.stride_shift == 2 &&
-         p.config.block_size <= 2 * p.config.block_stride && p.index_count <= 32;
+         p.config.block_size <= 2 * p.config.block_stride && p.log2_group >= 2 &&
+         p.index_count <= 32;
 }
 
-/// The scores of one job: for each tile of 128 compressed tokens and each query row 32 block
-/// scores, then the rows' references. Float32.
+/// The scores of one job, in global memory that a block of threads writes and reads again soon
+/// after: for each tile of 128 compressed tokens and each query row 32 block scores, then the rows'
+/// references.
 class BlockScores {
  public:
   static constexpr int kRows = 128, kBlocks = 32;
-  static constexpr int kTileFloats = kRows * (kBlocks + 1);
+  static constexpr int kRowBytes = kBlocks * sizeof(__half);
+  static constexpr int kTileBytes = kRows * (kRowBytes + sizeof(float));
+  /// log2 of what scores are multiplied by, the reference's share of it: at most 8 becomes 2^15.
+  static constexpr float kScaleLog2 = 12.0f;
 
   /// Tiles of the longest sequence of a call.
   static int tiles(const FwdParams& p) {
@@ -31,30 +39,24 @@ class BlockScores {
         num_compressed(p.seqlen_k, p.config.block_size, p.config.block_stride) / 128 + 1);
   }
   /// Of one block of threads.
-  static int64_t bytes(int tiles) {
-    return int64_t{kScoreBuffers} * tiles * kTileFloats * sizeof(float);
-  }
+  static int64_t bytes(int tiles) { return int64_t{kScoreBuffers} * tiles * kTileBytes; }
 
   /// Buffer `slot` of the calling block of threads.
   __device__ __forceinline__ BlockScores(const FwdArgs& args, int slot)
       : base_(args.scores +
-              (int64_t{blockIdx.x} * kScoreBuffers + slot) * args.score_tiles * kTileFloats) {}
+              (int64_t{blockIdx.x} * kScoreBuffers + slot) * args.score_tiles * kTileBytes) {}
 
-  /// The 32 scores of a row, in the order of word().
-  __device__ __forceinline__ float* row(int tile, int row) const {
-    return base_ + static_cast<int64_t>(tile) * kTileFloats + row * kBlocks;
+  /// The scores of a row. Lane c of a quad has the 16 bytes from 16 c on, which are the blocks
+  /// 8 i + 2 c and 8 i + 2 c + 1 of i = 0 to 3.
+  __device__ __forceinline__ char* row(int tile, int row) const {
+    return base_ + static_cast<int64_t>(tile) * kTileBytes + row * kRowBytes;
   }
-  __device__ __forceinline__ float* references(int tile) const { return row(tile, kRows); }
-
-  /// Where a row keeps block 8 i + 2 c + b, 0 <= i, c < 4, which lane c of a quad makes: such that
-  /// the lane writes 16 bytes at once.
-  static __device__ __forceinline__ int word(int block) {
-    const int i = block / 8, c = block / 2 % 4;
-    return i / 2 * 16 + c * 4 + i % 2 * 2 + block % 2;
+  __device__ __forceinline__ float* references(int tile) const {
+    return reinterpret_cast<float*>(row(tile, kRows));
   }
 
  private:
-  float* base_;
+  char* base_;
 };
 
 }  // namespace nsa::cuda::sm90

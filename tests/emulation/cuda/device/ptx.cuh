@@ -86,6 +86,7 @@ void cp_async_wait() {
 inline void named_barrier_sync(int id, int threads) { emulator::sync_named(id, threads); }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float log2_approx(float x) { return std::log2(x); }
 
 template <class T>
 uint32_t pack2(float lo, float hi) {
