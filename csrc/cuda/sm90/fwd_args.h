@@ -38,8 +38,8 @@ struct FwdShape {
   // What setmaxnreg hands out is what the launch took: 168 x 384 and 128 x 512 registers. The
   // producer warpgroup of a list does more than issue copies.
   static constexpr int kProducerRegisters = kWalk == Walk::kRank ? 24 : 56;
-  static constexpr int kRankerRegisters = 56;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kRankers == 1 ? 216 : 224;
+  static constexpr int kRankerRegisters = 72;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kRankers == 1 ? 208 : 224;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters +
                     kRankers * kRankerRegisters <=
                 kThreads / 128 * (kThreads == 512 ? 128 : 168));
