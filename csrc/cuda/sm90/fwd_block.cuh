@@ -12,7 +12,8 @@ namespace nsa::cuda::sm90 {
 inline constexpr int kMaxStages = 16;
 inline constexpr int kListBuffers = 2;
 inline constexpr int kScoreBuffers = 2;
-inline constexpr int kRankingWarps = 4;
+// Warps 1-3 of the producer warpgroup make lists of blocks.
+inline constexpr int kRankingWarps = 4, kListWarps = 3;
 
 /// A position in a ring: which slot, and the parity of its phase.
 struct Cursor {
@@ -69,7 +70,7 @@ struct FwdBlock {
     }
     for (uint64_t& barrier : barriers.q_full) init(barrier, 1);
     for (int i = 0; i < kListBuffers; ++i) {
-      init(barriers.list_full[i], 1);
+      init(barriers.list_full[i], kListWarps * kWarpArrivals);
       // And the thread that loads the blocks.
       init(barriers.list_empty[i], kConsumerWarps * kWarpArrivals + 1);
     }

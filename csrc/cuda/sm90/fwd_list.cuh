@@ -39,13 +39,13 @@ class BlockList {
   /// Bit k: token k of the tile chose it.
   __device__ __forceinline__ uint32_t tokens(int i) const { return entries_[i].y; }
 
-  /// Called by kThreads threads, whole warps; synchronises them.
+  /// Called by kThreads threads, whole warps; complete when all have returned, of which the first
+  /// warp is the last. All readers of what the buffer held, those who built it too, are done.
   template <int kThreads>
   __device__ void build(const FwdParams& p, const Job& job, int thread) const {
     gather<kThreads>(p, job, thread);
     sort<kThreads>(p.sort_size, thread);
     if (thread < 32) merge(p.sort_size, thread);
-    named_barrier_sync(kBarrier, kThreads);
   }
 
  private:

@@ -43,14 +43,13 @@ class Producer {
 
   /// Warps 1-3 of the producer warpgroup: the block lists, one job ahead.
   __device__ void build_lists() {
-    constexpr int kThreads = 96;
     Job job;
     int64_t index = Block::before_first_job();
     while (block_.next_job(index, job)) {
       Block::wait_empty(block_.barriers.list_empty, list_);
       BlockList(block_.extra(), block_.p.sort_size, list_.slot)
-          .template build<kThreads>(block_.p, job, threadIdx.x - 32);
-      if (threadIdx.x == 32) mbarrier_arrive(smem_addr(&block_.barriers.list_full[list_.slot]));
+          .template build<32 * kListWarps>(block_.p, job, threadIdx.x - 32);
+      Block::arrive(block_.barriers.list_full, list_);
       list_.advance(kListBuffers);
     }
   }
