@@ -71,8 +71,8 @@ struct FwdBlock {
     for (uint64_t& barrier : barriers.q_full) init(barrier, 1);
     for (int i = 0; i < kListBuffers; ++i) {
       init(barriers.list_full[i], kListWarps * kWarpArrivals);
-      // And the thread that loads the blocks.
-      init(barriers.list_empty[i], kConsumerWarps * kWarpArrivals + 1);
+      // And the warp that loads the blocks.
+      init(barriers.list_empty[i], (kConsumerWarps + 1) * kWarpArrivals);
     }
     for (int i = 0; i < kScoreBuffers; ++i) {
       init(barriers.scores_full[i], kConsumerWarps * kWarpArrivals);

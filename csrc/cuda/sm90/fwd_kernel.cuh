@@ -16,9 +16,11 @@ __device__ __forceinline__ void run_block(const FwdArgs& args, char* smem) {
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     lower_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) Producer<Shape>(block).load_tiles();
-    if constexpr (Shape::kWalk == Walk::kList)
-      if (threadIdx.x >= 32) Producer<Shape>(block).build_lists();
+    if (threadIdx.x < 32) {
+      Producer<Shape>(block).load_tiles();
+    } else if constexpr (Shape::kWalk == Walk::kList) {
+      Producer<Shape>(block).build_lists();
+    }
   } else if (warpgroup <= Shape::kConsumers) {
     raise_registers<Shape::kConsumerRegisters>();
     Consumer<Shape>(block, warpgroup - 1).run();

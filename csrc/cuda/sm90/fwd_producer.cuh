@@ -1,4 +1,4 @@
-// The thread that loads tiles of K and V into the ring, and the warps that prepare lists of blocks.
+// The warp that loads tiles of K and V into the ring, and the warps that prepare lists of blocks.
 #pragma once
 
 #include "cuda/sm90/fwd_block.cuh"
@@ -14,7 +14,7 @@ class Producer {
  public:
   __device__ __forceinline__ explicit Producer(const Block& block) : block_(block) {}
 
-  /// One thread. Tiles go out in the order in which the consumers take them: K(j + 1) before V(j),
+  /// One warp. Tiles go out in the order in which the consumers take them: K(j + 1) before V(j),
   /// because the scores of a tile are issued ahead of the product with the V before.
   __device__ void load_tiles() {
     Job job;
@@ -25,7 +25,7 @@ class Producer {
         const BlockList blocks(block_.extra(), block_.p.sort_size, list_.slot);
         const int tiles = blocks.tiles(block_.p);
         for (int i = 0; i < 2 * tiles; ++i) load(job, i % 2, blocks.tile_key(block_.p, i / 2));
-        mbarrier_arrive(smem_addr(&block_.barriers.list_empty[list_.slot]));
+        Block::arrive(block_.barriers.list_empty, list_);
         list_.advance(kListBuffers);
       } else {
         const Range range(block_.p, job);
@@ -61,16 +61,22 @@ class Producer {
     const int panels = (value ? Shape::kDimV : Shape::kDimQk) / 64;
     const CUtensorMap* map = value ? &block_.args.v : &block_.args.k;
     Block::wait_empty(block_.barriers.empty, at_);
-    const uint32_t bar = smem_addr(&block_.barriers.full[at_.slot]), dst = block_.tile(at_);
-    mbarrier_arrive_expect(bar, panels * Shape::kPanelBytes);
+    // In uniform registers, where the copies want them: a thread by itself takes 50 instructions to
+    // bring the arguments of each copy there.
+    const uint32_t bar = uniform(smem_addr(&block_.barriers.full[at_.slot]));
+    const uint32_t dst = uniform(block_.tile(at_));
+    const int row = static_cast<int>(uniform(static_cast<uint32_t>(job.row_k) + key));
+    const int head = static_cast<int>(uniform(job.head_kv)), batch = static_cast<int>(uniform(job.batch));
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect(bar, panels * Shape::kPanelBytes);
 #pragma unroll
-    for (int panel = 0; panel < kMost; ++panel)
-      if (panel < panels)
+      for (int panel = 0; panel < kMost; ++panel)
+        if (panel < panels)
 #pragma unroll
-        for (int k = 0; k < Shape::kQuarters; ++k)
-          tma_load(dst + panel * Shape::kPanelBytes + k * (Shape::kPanelBytes / Shape::kQuarters),
-                   map, bar, panel * 64, job.head_kv, static_cast<int>(job.row_k) + key + k,
-                   job.batch);
+          for (int k = 0; k < Shape::kQuarters; ++k)
+            tma_load(dst + panel * Shape::kPanelBytes + k * (Shape::kPanelBytes / Shape::kQuarters),
+                     map, bar, panel * 64, head, row + k, batch);
+    }
     at_.advance(block_.args.stages);
   }
 
