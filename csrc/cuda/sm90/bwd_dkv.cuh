@@ -18,7 +18,7 @@
 namespace nsa::cuda::bwd::sm90 {
 
 template <class T_, int kDimQk_, int kDimV_, bool kList_>
-struct DkvShape : Registers<240> {
+struct DkvShape : Registers<2, 240> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kList = kList_;
@@ -376,7 +376,7 @@ __device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int mul
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
   char* const smem = aligned_shared_memory();
@@ -394,7 +394,7 @@ void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
       Shape::kList ? plan.max_tasks
                    : launch.args.common.p.shape.heads_kv * plan.groups.count * plan.max_pieces;
   if (blocks == 0) return;
-  launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), kThreads,
+  launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), Shape::kThreads,
                 sizeof(typename Shape::Smem), stream, launch);
 }
 

@@ -18,13 +18,14 @@ inline constexpr uint32_t kFullWarp = 0xffffffffu;
 inline constexpr int kRows = 64;                 // rows or keys of a tile
 inline constexpr int kPanelBytes = kRows * 128;  // 64 columns of it
 
-// Two consumer warpgroups and a producer, 168 registers a thread at launch; setmaxnreg hands out
-// the same sum.
-inline constexpr int kThreads = 384;
-template <int kConsumer>
+/// Consumer warpgroups and a producer. At launch their threads share the registers equally;
+/// setmaxnreg hands out the same sum.
+template <int kConsumers, int kConsumer>
 struct Registers {
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kAtLaunch = 65536 / kThreads / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumer;
-  static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumer;
+  static constexpr int kProducerRegisters = (kConsumers + 1) * kAtLaunch - kConsumers * kConsumer;
 };
 
 template <int kDim>
