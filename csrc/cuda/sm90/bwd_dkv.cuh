@@ -205,10 +205,10 @@ class DkvKernel {
         const int column = step * kColumns + threadIdx.x % 4 * 2;
         float s[kScores], dp[kScores];
         wgmma_fence();
-        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, previous_q);
-        issue_scores<T, kColumns, kDimQk>(s, k_tile, q);
+        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
+        issue_scores<T, kColumns, kDimQk>(s, uniform(k_tile), uniform(q));
         wgmma_commit();
-        issue_scores<T, kColumns, kDimV>(dp, v_tile, dout);
+        issue_scores<T, kColumns, kDimV>(dp, uniform(v_tile), uniform(dout));
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
@@ -218,7 +218,7 @@ class DkvKernel {
         uint32_t p_packed[kScores / 2];
         make_p(s, p_packed, info, column, scale_log2);
         wgmma_fence();
-        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
+        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, uniform(dout));
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
@@ -232,7 +232,7 @@ class DkvKernel {
       if (Shape::kList) at.advance();
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, previous_q);
+    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk);

@@ -5,17 +5,18 @@
 //   S = Q K^T     P = gate * exp2(scale S - lse)     dP = dO V^T     dS = P * (dP - delta)
 //   dQ += scale dS K
 //
-// Consumer warpgroups of 64 rows each: what one of them waits for is filled by the others. Of the
-// producer warpgroup one warp loads tiles of 64 keys and writes a note beside each, others load Q
-// and dO, one a consumer. A warpgroup passes over selected blocks that none of its tokens chose.
-// Blocks of threads are persistent: the keys of a block's next query tile are loaded while it works
-// on this one.
+// Consumer warpgroups of 64 rows each: what one of them waits for is filled by the others. A warp
+// of the producer warpgroup loads tiles of 64 keys and writes beside each who looks at it: a
+// warpgroup passes over selected blocks that none of its tokens chose. Blocks of threads are
+// persistent: the keys of a block's next query tile are loaded while it works on this one. A
+// warpgroup loads its rows of Q and dO itself, as soon as it is through with those before.
 //
 // Barriers: `full` of a slot takes the bytes of K and V, and the note; `empty` the warps that read
-// it; `rows_full`, `rows_empty` the same for a warpgroup's rows of Q and dO.
+// it; `rows_full` of a warpgroup its rows of Q and dO.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 
 #include "cuda/sm90/bwd_tiles.cuh"
 #include "cuda/sm90/fwd_epilogue.cuh"
@@ -31,10 +32,11 @@ struct DqLaunch {
   CUtensorMap k[kNumBranches], v[kNumBranches];
 };
 
-/// A tile of keys [key, min(key + 64, end)), and the tokens of the query tile that look at it.
+/// A tile of up to 64 keys from `key` on.
 struct alignas(16) KeyTile {
-  int key, end;
-  uint32_t tokens[2];
+  int key;
+  uint32_t count_wanted;  // keys; from bit 8 on the consumers that look at them,
+  uint32_t tokens[2];     // and the tokens of the query tile
 };
 
 template <class T_, int kDimQk_, int kDimV_>
@@ -50,12 +52,10 @@ struct DqShape : Registers<dq_consumers(kDimQk_), (kDimQk_ > 128 ? 232 : 160)> {
   static_assert(kStages >= 2);
 
   struct Smem {
-    alignas(1024) char q[kConsumers][kKBytes];
-    alignas(1024) char dout[kConsumers][kVBytes];
-    alignas(1024) char ring[kStages][kStageBytes];  // K, then V
+    alignas(1024) char rows[kConsumers][kStageBytes];  // Q, then dO
+    alignas(1024) char ring[kStages][kStageBytes];     // K, then V
     KeyTile tiles[kStages];
-    uint32_t wanted[kStages];  // by which consumers
-    uint64_t full[kStages], empty[kStages], rows_full[kConsumers], rows_empty[kConsumers];
+    uint64_t full[kStages], empty[kStages], rows_full[kConsumers];
   };
 };
 
@@ -83,28 +83,23 @@ class DqKernel {
 
  public:
   __device__ __forceinline__ DqKernel(const DqLaunch& launch, char* smem)
-      : launch_(launch), p_(launch.args.common.p), smem_(*reinterpret_cast<Smem*>(smem)) {}
+      : launch_(launch), p_(launch.args.common.p), smem_(smem_addr(smem)) {
+    asm volatile("" : "+r"(smem_));  // otherwise worked out anew wherever it is used
+  }
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(smem_addr(&smem_.full[i]), 1);
-        mbarrier_init(smem_addr(&smem_.empty[i]), 4 * Shape::kConsumers * kWarpArrivals);
+        mbarrier_init(full(i), 1);
+        mbarrier_init(empty(i), 4 * Shape::kConsumers * kWarpArrivals);
       }
-      for (int i = 0; i < Shape::kConsumers; ++i) {
-        mbarrier_init(smem_addr(&smem_.rows_full[i]), 1);
-        mbarrier_init(smem_addr(&smem_.rows_empty[i]), 4 * kWarpArrivals);
-      }
+      for (int i = 0; i < Shape::kConsumers; ++i) mbarrier_init(rows_full(i), 1);
       fence_barrier_init();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
       lower_registers<Shape::kProducerRegisters>();
-      const int warp = threadIdx.x / 32;
-      if (warp == 0)
-        load_keys();
-      else if (warp <= Shape::kConsumers && threadIdx.x % 32 == 0)
-        load_rows(warp - 1);
+      if (threadIdx.x < 32) load_keys();
     } else {
       raise_registers<Shape::kConsumerRegisters>();
       consume(threadIdx.x / 128 - 1);
@@ -112,6 +107,26 @@ class DqKernel {
   }
 
  private:
+  // Where things are in shared memory.
+  __device__ __forceinline__ uint32_t rows_tile(int consumer) const {
+    return smem_ + offsetof(Smem, rows) + consumer * Shape::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t ring(int slot) const {
+    return smem_ + offsetof(Smem, ring) + slot * Shape::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t note(int slot) const {
+    return smem_ + offsetof(Smem, tiles) + slot * sizeof(KeyTile);
+  }
+  __device__ __forceinline__ uint32_t full(int slot) const {
+    return smem_ + offsetof(Smem, full) + slot * 8;
+  }
+  __device__ __forceinline__ uint32_t empty(int slot) const {
+    return smem_ + offsetof(Smem, empty) + slot * 8;
+  }
+  __device__ __forceinline__ uint32_t rows_full(int consumer) const {
+    return smem_ + offsetof(Smem, rows_full) + consumer * 8;
+  }
+
   /// Query tile i. One kv head at a time across the grid, so that its K and V stay in L2; long rows
   /// first. Without tokens in a gap of the numbering.
   __device__ __forceinline__ Job job_at(int i) const {
@@ -125,10 +140,11 @@ class DqKernel {
     job.count = min(launch_.args.tile_tokens, job.sequence.q_len - job.first);
     return job;
   }
-  /// The same, worked out anew: consumers have no registers to keep it in.
-  __device__ __forceinline__ Job job_again(int i) const {
-    asm volatile("" : "+r"(i));
-    return job_at(i);
+  /// The same by a whole warp, worked out anew wherever it stands: there are no registers to keep
+  /// it in.
+  __device__ __forceinline__ Job job_again(int i) const { return job_at(same(i)); }
+  static __device__ __forceinline__ int same(int x) {
+    return static_cast<int>(uniform(static_cast<uint32_t>(x)));
   }
 
   /// Keys between the first that the first token sees and the last that the last one does.
@@ -159,23 +175,45 @@ class DqKernel {
 
   // ---- Producers --------------------------------------------------------------------------------
 
-  /// One lane: a tile of keys into the ring. `first` is the branch's first row of keys.
-  __device__ __forceinline__ void load_tile(int branch, int batch, int head, int first,
-                                            const KeyTile& tile, uint32_t wanted,
-                                            const Position& at) {
-    mbarrier_wait(smem_addr(&smem_.empty[at.slot]), at.parity ^ 1);
-    const uint32_t full = smem_addr(&smem_.full[at.slot]), dst = smem_addr(smem_.ring[at.slot]);
-    smem_.tiles[at.slot] = tile;
-    smem_.wanted[at.slot] = wanted;
-    mbarrier_arrive_expect(full, Shape::kStageBytes);
+  /// What the copy engine is told of a branch: in uniform registers, where it wants them.
+  struct KeySource {
+    const CUtensorMap *k, *v;
+    int batch, head, first;  // row of the first key
+  };
+  template <class Object>
+  static __device__ __forceinline__ const Object* same(const Object* x) {
+    const auto bits = reinterpret_cast<uint64_t>(x);
+    return reinterpret_cast<const Object*>(
+        static_cast<uint64_t>(uniform(static_cast<uint32_t>(bits >> 32))) << 32 |
+        uniform(static_cast<uint32_t>(bits)));
+  }
+  __device__ __forceinline__ KeySource key_source(const Job& job, int branch) const {
+    return {same(&launch_.k[branch]), same(&launch_.v[branch]),
+            same(static_cast<int>(job.sequence.batch)), same(job.head),
+            same(first_key_row(job.sequence, branch, p_.config))};
+  }
+
+  /// A warp, by its first lane: a tile of keys into the ring.
+  __device__ __forceinline__ void load_tile(const KeySource& source, const KeyTile& tile,
+                                            Position& at) {
+    const int slot = same(at.slot), row = source.first + same(tile.key);
+    const uint32_t bar = full(slot), dst = ring(slot);
+    if (threadIdx.x == 0) {
+      mbarrier_wait(empty(slot), at.parity ^ 1);
+      store_shared_16(note(slot), make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted,
+                                             tile.tokens[0], tile.tokens[1]));
+      mbarrier_arrive_expect(bar, Shape::kStageBytes);
 #pragma unroll
-    for (int panel = 0; panel < kDimQk / 64; ++panel)
-      tma_load(dst + panel * kPanelBytes, &launch_.k[branch], full, panel * 64, head,
-               first + tile.key, batch);
+      for (int panel = 0; panel < kDimQk / 64; ++panel)
+        tma_load(dst + panel * kPanelBytes, source.k, bar, panel * 64, source.head, row,
+                 source.batch);
 #pragma unroll
-    for (int panel = 0; panel < kDimV / 64; ++panel)
-      tma_load(dst + Shape::kKBytes + panel * kPanelBytes, &launch_.v[branch], full, panel * 64,
-               head, first + tile.key, batch);
+      for (int panel = 0; panel < kDimV / 64; ++panel)
+        tma_load(dst + Shape::kKBytes + panel * kPanelBytes, source.v, bar, panel * 64, source.head,
+                 row, source.batch);
+    }
+    __syncwarp();
+    at.advance();
   }
 
   /// The consumers that have one of these tokens of the query tile.
@@ -189,14 +227,14 @@ class DqKernel {
       if (count == kMaxTileTokens)  // G = 1: the first warpgroup has them all
         wants = c == 0 && (tokens[0] | tokens[1]) != 0;
       else
-        wants = first < kMaxTileTokens && ((first < 32 ? tokens[0] : tokens[1]) >> first % 32 &
-                                           (~0u >> (32 - count))) != 0;
+        wants = first < kMaxTileTokens &&
+                ((first < 32 ? tokens[0] : tokens[1]) >> first % 32 & (~0u >> (32 - count))) != 0;
       wanted |= static_cast<uint32_t>(wants) << c;
     }
     return wanted;
   }
 
-  /// One warp. Its lanes read the lists of blocks, and each loads its own.
+  /// One warp. Its lanes read the lists of blocks, the first one does the rest.
   __device__ void load_keys() {
     const int lane = threadIdx.x;
     Position at;
@@ -206,75 +244,81 @@ class DqKernel {
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!p_.branch[branch].enabled) continue;
         const Job job = job_again(number);
-        const int batch = static_cast<int>(job.sequence.batch);
-        const int first = first_key_row(job.sequence, branch, p_.config);
+        const KeySource source = key_source(job, branch);
         if (branch == kSelected) {
           const UnionBlock* blocks = blocks_of(job);
-          const int count = launch_.args.union_counts[list_of(job)], size = p_.config.select_size;
+          const int count = same(launch_.args.union_counts[list_of(job)]);
+          const int size = p_.config.select_size;
+          const uint32_t keys = static_cast<uint32_t>(min(size, kRows));
           for (int base = 0; base < count; base += 32) {
             UnionBlock own{};
             if (base + lane < count) own = blocks[base + lane];
-            KeyTile tile{own.block * size, own.block * size + size, {own.tokens[0], own.tokens[1]}};
-            const uint32_t wanted = consumers_of(tile.tokens);
+            const uint32_t own_count_wanted = keys | consumers_of(own.tokens) << 8;
+#pragma unroll 1
             for (int i = 0; i < min(32, count - base); ++i) {
+              KeyTile tile{__shfl_sync(kFullWarp, own.block, i) * size,
+                           __shfl_sync(kFullWarp, own_count_wanted, i),
+                           {__shfl_sync(kFullWarp, own.tokens[0], i),
+                            __shfl_sync(kFullWarp, own.tokens[1], i)}};
+#pragma unroll 1
               for (int part = 0; part < size; part += kRows) {
-                if (lane == i) {
-                  load_tile(branch, batch, job.head, first, tile, wanted, at);
-                  tile.key += kRows;
-                }
-                at.advance();
+                load_tile(source, tile, at);
+                tile.key += kRows;
               }
-              __syncwarp();
             }
           }
         } else {
           const KeyRange keys = dense_keys(job, branch);
+          const int end = same(keys.end);
           uint32_t wanted = 0;
           for (int c = 0; c < Shape::kConsumers; ++c)
             wanted |= static_cast<uint32_t>(c * consumer_tokens() < job.count) << c;
-          for (int key = keys.begin; key < keys.end; key += kRows) {
-            if (lane == 0)
-              load_tile(branch, batch, job.head, first, {key, keys.end, {~0u, ~0u}}, wanted, at);
-            at.advance();
+#pragma unroll 1
+          for (int key = same(keys.begin); key < end; key += kRows) {
+            const uint32_t count = static_cast<uint32_t>(min(kRows, end - key));
+            load_tile(source, {key, count | wanted << 8, {~0u, ~0u}}, at);
           }
         }
-        __syncwarp();
       }
-    }
-  }
-
-  /// One thread: rows of Q and dO of a consumer.
-  __device__ void load_rows(int consumer) {
-    const uint32_t full = smem_addr(&smem_.rows_full[consumer]);
-    uint32_t parity = 0;
-    for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
-      const Job job = job_at(number);
-      if (job.count <= 0) continue;
-      mbarrier_wait(smem_addr(&smem_.rows_empty[consumer]), parity ^ 1);
-      parity ^= 1;
-      mbarrier_arrive_expect(full, Shape::kStageBytes);
-      const int batch = static_cast<int>(job.sequence.batch);
-      const int row =
-          static_cast<int>(job.sequence.q_first) + job.first + consumer * consumer_tokens();
-      for (int panel = 0; panel < kDimQk / 64; ++panel)
-        tma_load(smem_addr(smem_.q[consumer]) + panel * kPanelBytes, &launch_.q, full, panel * 64,
-                 0, job.head, row, batch);
-      for (int panel = 0; panel < kDimV / 64; ++panel)
-        tma_load(smem_addr(smem_.dout[consumer]) + panel * kPanelBytes, &launch_.dout, full,
-                 panel * 64, 0, job.head, row, batch);
     }
   }
 
   // ---- Consumers --------------------------------------------------------------------------------
 
+  /// The first query tile from `number` on, in this block's steps, that has tokens.
+  __device__ __forceinline__ int next_job(int number) const {
+    while (number < launch_.jobs && job_again(number).count <= 0) number += gridDim.x;
+    return number;
+  }
+
+  /// A warpgroup: its first thread loads a query tile's rows of Q and dO, if there is one.
+  __device__ __forceinline__ void load_rows(int consumer, int number) const {
+    if (number >= launch_.jobs) return;
+    const Job job = job_again(number);
+    const uint32_t bar = rows_full(consumer), dst = rows_tile(consumer);
+    const int batch = static_cast<int>(job.sequence.batch);
+    const int row =
+        static_cast<int>(job.sequence.q_first) + job.first + consumer * consumer_tokens();
+    if (threadIdx.x % 128 != 0) return;
+    mbarrier_arrive_expect(bar, Shape::kStageBytes);
+#pragma unroll
+    for (int panel = 0; panel < kDimQk / 64; ++panel)
+      tma_load(dst + panel * kPanelBytes, &launch_.q, bar, panel * 64, 0, job.head, row, batch);
+#pragma unroll
+    for (int panel = 0; panel < kDimV / 64; ++panel)
+      tma_load(dst + Shape::kKBytes + panel * kPanelBytes, &launch_.dout, bar, panel * 64, 0,
+               job.head, row, batch);
+  }
+
   __device__ void consume(int consumer) {
     Position at;
     uint32_t parity = 0;
-    for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
-      const int job_tokens = job_again(number).count;
-      if (job_tokens <= 0) continue;
+    int number = next_job(blockIdx.x);
+    load_rows(consumer, number);
+    while (number < launch_.jobs) {
       RowPair rows;
       const int first_row = warp_row() + threadIdx.x % 32 / 4;
+      const int job_tokens = job_again(number).count;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + 8 * i;
@@ -286,7 +330,7 @@ class DqKernel {
 #pragma unroll
       for (int i = 0; i < kDimQk / 2; ++i) dq[i] = 0.0f;
       pin(dq);
-      mbarrier_wait(smem_addr(&smem_.rows_full[consumer]), parity);
+      mbarrier_wait(rows_full(consumer), parity);
       parity ^= 1;
 #pragma unroll 1
       for (int branch = 0; branch < kNumBranches; ++branch) {
@@ -294,19 +338,23 @@ class DqKernel {
         int left;
         {
           const Job job = job_again(number);
+          left = same(count_tiles(job, branch));
           load_branch(job, branch, first_row, rows);
-          left = count_tiles(job, branch);
         }
         for (; left > 0; --left) {
-          mbarrier_wait(smem_addr(&smem_.full[at.slot]), at.parity);
-          if (uniform(smem_.wanted[at.slot]) >> consumer & 1)
-            add_tile(consumer, at.slot, rows, dq);
-          arrive_warp(smem_.empty[at.slot]);
+          mbarrier_wait(full(at.slot), at.parity);
+          const uint4 tile = load_shared_16(note(at.slot));
+          if (__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1))
+            add_tile(consumer, at.slot, tile, rows, dq);
+          mbarrier_arrive_warp(empty(at.slot));
           at.advance();
         }
       }
-      arrive_warp(smem_.rows_empty[consumer]);
+      named_barrier_sync(1 + consumer, 128);  // all four warps are through with the rows
+      const int next = next_job(number + gridDim.x);
+      load_rows(consumer, next);
       store(job_again(number), first_row, rows, dq);
+      number = next;
     }
   }
 
@@ -318,47 +366,51 @@ class DqKernel {
   __device__ __forceinline__ void load_branch(const Job& job, int branch, int first_row,
                                               RowPair& rows) const {
     const int group = launch_.args.common.group;
+    // Both rows' at once; those that are not there read others'.
+    float4 stats[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool valid = rows.token[i] >= 0;
+      const int64_t token = job.sequence.q_row + job.first + (valid ? rows.token[i] : 0);
+      stats[i] = __ldg(reinterpret_cast<const float4*>(
+          launch_.args.common.stats +
+          ((branch * p_.shape.heads_kv + job.head) * p_.shape.total_q + token) * group +
+          (valid ? head_of(first_row + 8 * i) : 0)));
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       // A row that is not there has gate 0 and exponentials 0.
-      rows.lse_log2[i] = INFINITY;
-      rows.gate[i] = rows.gated_delta[i] = 0.0f;
+      const bool valid = rows.token[i] >= 0;
       rows.keys[i] = {0, 0};
-      if (rows.token[i] < 0) continue;
-      const int64_t token = job.sequence.q_row + job.first + rows.token[i];
-      const float4 x = __ldg(reinterpret_cast<const float4*>(
-          launch_.args.common.stats +
-          ((branch * p_.shape.heads_kv + job.head) * p_.shape.total_q + token) * group +
-          head_of(first_row + 8 * i)));
-      rows.lse_log2[i] = x.x;
-      rows.gate[i] = x.z;
-      rows.gated_delta[i] = x.z * x.y;
-      rows.keys[i] =
-          visible_keys(branch, job.sequence.position(job.first + rows.token[i]), p_.config);
+      if (valid)
+        rows.keys[i] =
+            visible_keys(branch, job.sequence.position(job.first + rows.token[i]), p_.config);
+      rows.lse_log2[i] = valid ? stats[i].x : INFINITY;
+      rows.gate[i] = valid ? stats[i].z : 0.0f;
+      rows.gated_delta[i] = valid ? stats[i].z * stats[i].y : 0.0f;
     }
   }
 
   static __device__ __forceinline__ int warp_row() { return threadIdx.x % 128 / 32 * 16; }
 
-  __device__ __forceinline__ void add_tile(int consumer, int slot, const RowPair& rows,
-                                           float (&dq)[kDimQk / 2]) {
-    const uint32_t k_tile = smem_addr(smem_.ring[slot]);
+  __device__ __forceinline__ void add_tile(int consumer, int slot, const uint4& tile,
+                                           const RowPair& rows, float (&dq)[kDimQk / 2]) {
+    const uint32_t q = uniform(rows_tile(consumer)), k = uniform(ring(slot));
     float s[kScores], dp[kScores];
     wgmma_fence();
-    issue_scores<T, kRows, kDimQk>(s, smem_addr(smem_.q[consumer]), k_tile);
+    issue_scores<T, kRows, kDimQk>(s, q, k);
     wgmma_commit();
-    issue_scores<T, kRows, kDimV>(dp, smem_addr(smem_.dout[consumer]), k_tile + Shape::kKBytes);
+    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes, k + Shape::kKBytes);
     wgmma_commit();
     // Meanwhile: the keys of the tile that the thread's rows see.
-    const KeyTile tile = smem_.tiles[slot];
+    const int key = static_cast<int>(tile.x), count = static_cast<int>(tile.y & 0xff);
     KeyRange seen[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = rows.token[half];
-      const uint32_t bits = token < 32 ? tile.tokens[0] : tile.tokens[1];
+      const uint32_t bits = token < 32 ? tile.z : tile.w;
       const bool looks = token >= 0 && (bits >> token % 32 & 1);
-      seen[half] = {rows.keys[half].begin - tile.key,
-                    looks ? min(rows.keys[half].end, tile.end) - tile.key : 0};
+      seen[half] = {rows.keys[half].begin - key, looks ? min(rows.keys[half].end - key, count) : 0};
     }
     const bool whole = __all_sync(kFullWarp, seen[0].begin <= 0 && seen[0].end >= kRows &&
                                                  seen[1].begin <= 0 && seen[1].end >= kRows);
@@ -369,9 +421,9 @@ class DqKernel {
       if (!whole) {
 #pragma unroll
         for (int i = 0; i < kScores; ++i) {
-          const int key = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
+          const int column = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
           const KeyRange& range = seen[i / 2 % 2];
-          if (key < range.begin || key >= range.end) s[i] = -INFINITY;
+          if (column < range.begin || column >= range.end) s[i] = -INFINITY;
         }
       }
 #pragma unroll
@@ -391,7 +443,7 @@ class DqKernel {
               keep;
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kRows / 16>(dq, ds, k_tile);
+    issue_update<T, kDimQk, kRows / 16>(dq, ds, k);
     wgmma_commit();
     wgmma_wait<0>();
     pin(dq);
@@ -426,7 +478,7 @@ class DqKernel {
 
   const DqLaunch& launch_;
   const AttnBwd& p_;
-  Smem& smem_;
+  uint32_t smem_;
 };
 
 template <class Shape>

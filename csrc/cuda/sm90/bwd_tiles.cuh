@@ -49,13 +49,15 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
   mbarrier_arrive_warp(smem_addr(&barrier));
 }
 
+// Where a product's operands are is uniform(), for their descriptors to be made in uniform
+// registers, where the products want them: otherwise each product waits for four words to be moved
+// there.
+
 /// x = A B^T over kDim columns, both tiles K-major; `a` and `b` are where their rows start in the
 /// first panel. The caller commits.
 template <class T, int kN, int kDim>
 __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uint32_t b) {
-  // Descriptors are made in uniform registers, where the products want them: otherwise each product
-  // waits for four words to be moved there.
-  const uint64_t a_desc = desc_k_major(uniform(a)), b_desc = desc_k_major(uniform(b));
+  const uint64_t a_desc = desc_k_major(a), b_desc = desc_k_major(b);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
@@ -66,27 +68,12 @@ __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uin
   }
 }
 
-/// The same with A from registers.
-template <class T, int kN, int kDim>
-__device__ __forceinline__ void issue_scores(float (&x)[kN / 2], const uint32_t (&a)[kDim / 4],
-                                             uint32_t b) {
-  const uint64_t desc = desc_k_major(uniform(b));
-#pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) {
-    const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
-    if (k == 0)
-      wgmma_rs_k_major_first<T, kN>(x, a, desc);
-    else
-      wgmma_rs_k_major<T, kN>(x, a + 4 * k, desc + step);
-  }
-}
-
 /// acc += A B: A from registers, B the kSteps * 16 rows of kDim columns that start at `b`. The
 /// caller commits.
 template <class T, int kDim, int kSteps>
 __device__ __forceinline__ void issue_update(float (&acc)[kDim / 2],
                                              const uint32_t (&a)[kSteps * 4], uint32_t b) {
-  const uint64_t desc = desc_mn_major(uniform(b), kPanelBytes);
+  const uint64_t desc = desc_mn_major(b, kPanelBytes);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma_rs<T, kDim>(acc, a + 4 * k, desc + k * (2048 / 16));
 }
