@@ -40,7 +40,9 @@ struct alignas(16) KeyTile {
 };
 
 template <class T_, int kDimQk_, int kDimV_>
-struct DqShape : Registers<dq_consumers(kDimQk_), (kDimQk_ > 128 ? 232 : 160)> {
+struct DqShape : Registers<dq_consumers(kDimQk_), (kDimQk_ > 128  ? 232
+                                                   : kDimQk_ > 64 ? 160
+                                                                  : 144)> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kConsumers = dq_consumers(kDimQk);
