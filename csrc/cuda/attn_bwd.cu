@@ -116,7 +116,7 @@ Job make_job(const AttnBwd& p, const Hopper& hopper, void* memory) {
   job.selected = p.branch[kSelected].enabled;
   job.shared_window = p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr;
   job.dq.common = job.common;
-  job.dq.tile_tokens = hopper.dq ? sm90::query_tile_tokens(job.common.group)
+  job.dq.tile_tokens = hopper.dq ? sm90::query_tile_tokens(s.dim_qk, job.common.group)
                                  : query_tile_tokens(s.dim_qk, job.common.group);
   job.dq.tiles =
       make_tile_map(s.cu_seqlens_q, s.batch, s.seqlen_q, s.total_q, 1, job.dq.tile_tokens);

@@ -11,8 +11,9 @@ namespace nsa::cuda::bwd::sm90 {
 /// Keys that a block of the dK/dV kernel owns: with lists, those of one selection block.
 inline constexpr int kListTaskKeys = 64, kRangeTaskKeys = 128;
 
-/// Query rows of a dQ block: two warpgroups of 64.
-inline constexpr int kQueryTileRows = 128;
+/// Consumer warpgroups of a dQ block, 64 query rows each: as many as shared memory and registers
+/// hold.
+constexpr int dq_consumers(int64_t dim_qk) { return dim_qk > 128 ? 2 : 3; }
 
 /// log2 of G rounded up to a power of two: what a token takes of a tile's rows.
 inline int log2_padded_group(int group) {
@@ -22,8 +23,8 @@ inline int log2_padded_group(int group) {
 }
 
 /// Query tokens of a dQ block.
-inline int query_tile_tokens(int group) {
-  const int tokens = kQueryTileRows >> log2_padded_group(group);
+inline int query_tile_tokens(int64_t dim_qk, int group) {
+  const int tokens = dq_consumers(dim_qk) * (64 >> log2_padded_group(group));
   return tokens < kMaxTileTokens ? tokens : kMaxTileTokens;
 }
 

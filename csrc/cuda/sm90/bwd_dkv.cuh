@@ -18,7 +18,7 @@
 namespace nsa::cuda::bwd::sm90 {
 
 template <class T_, int kDimQk_, int kDimV_, bool kList_>
-struct DkvShape : Registers<240> {
+struct DkvShape : Registers<2, 240> {
   using T = T_;
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kList = kList_;
@@ -205,10 +205,10 @@ class DkvKernel {
         const int column = step * kColumns + threadIdx.x % 4 * 2;
         float s[kScores], dp[kScores];
         wgmma_fence();
-        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, previous_q);
-        issue_scores<T, kColumns, kDimQk>(s, k_tile, q);
+        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
+        issue_scores<T, kColumns, kDimQk>(s, uniform(k_tile), uniform(q));
         wgmma_commit();
-        issue_scores<T, kColumns, kDimV>(dp, v_tile, dout);
+        issue_scores<T, kColumns, kDimV>(dp, uniform(v_tile), uniform(dout));
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
@@ -218,7 +218,7 @@ class DkvKernel {
         uint32_t p_packed[kScores / 2];
         make_p(s, p_packed, info, column, scale_log2);
         wgmma_fence();
-        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
+        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, uniform(dout));
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
@@ -232,7 +232,7 @@ class DkvKernel {
       if (Shape::kList) at.advance();
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, previous_q);
+    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk);
@@ -376,7 +376,7 @@ __device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int mul
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets get an empty body that is never launched
   char* const smem = aligned_shared_memory();
@@ -394,7 +394,7 @@ void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
       Shape::kList ? plan.max_tasks
                    : launch.args.common.p.shape.heads_kv * plan.groups.count * plan.max_pieces;
   if (blocks == 0) return;
-  launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), kThreads,
+  launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), Shape::kThreads,
                 sizeof(typename Shape::Smem), stream, launch);
 }
 

@@ -18,13 +18,14 @@ inline constexpr uint32_t kFullWarp = 0xffffffffu;
 inline constexpr int kRows = 64;                 // rows or keys of a tile
 inline constexpr int kPanelBytes = kRows * 128;  // 64 columns of it
 
-// Two consumer warpgroups and a producer, 168 registers a thread at launch; setmaxnreg hands out
-// the same sum.
-inline constexpr int kThreads = 384;
-template <int kConsumer>
+/// Consumer warpgroups and a producer. At launch their threads share the registers equally;
+/// setmaxnreg hands out the same sum.
+template <int kConsumers, int kConsumer>
 struct Registers {
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kAtLaunch = 65536 / kThreads / 8 * 8;
   static constexpr int kConsumerRegisters = kConsumer;
-  static constexpr int kProducerRegisters = 3 * 168 - 2 * kConsumer;
+  static constexpr int kProducerRegisters = (kConsumers + 1) * kAtLaunch - kConsumers * kConsumer;
 };
 
 template <int kDim>
@@ -48,13 +49,15 @@ __device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
   mbarrier_arrive_warp(smem_addr(&barrier));
 }
 
+// Where a product's operands are is uniform(), for their descriptors to be made in uniform
+// registers, where the products want them: otherwise each product waits for four words to be moved
+// there.
+
 /// x = A B^T over kDim columns, both tiles K-major; `a` and `b` are where their rows start in the
 /// first panel. The caller commits.
 template <class T, int kN, int kDim>
 __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uint32_t b) {
-  // Descriptors are made in uniform registers, where the products want them: otherwise each product
-  // waits for four words to be moved there.
-  const uint64_t a_desc = desc_k_major(uniform(a)), b_desc = desc_k_major(uniform(b));
+  const uint64_t a_desc = desc_k_major(a), b_desc = desc_k_major(b);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
@@ -65,27 +68,12 @@ __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uin
   }
 }
 
-/// The same with A from registers.
-template <class T, int kN, int kDim>
-__device__ __forceinline__ void issue_scores(float (&x)[kN / 2], const uint32_t (&a)[kDim / 4],
-                                             uint32_t b) {
-  const uint64_t desc = desc_k_major(uniform(b));
-#pragma unroll
-  for (int k = 0; k < kDim / 16; ++k) {
-    const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
-    if (k == 0)
-      wgmma_rs_k_major_first<T, kN>(x, a, desc);
-    else
-      wgmma_rs_k_major<T, kN>(x, a + 4 * k, desc + step);
-  }
-}
-
 /// acc += A B: A from registers, B the kSteps * 16 rows of kDim columns that start at `b`. The
 /// caller commits.
 template <class T, int kDim, int kSteps>
 __device__ __forceinline__ void issue_update(float (&acc)[kDim / 2],
                                              const uint32_t (&a)[kSteps * 4], uint32_t b) {
-  const uint64_t desc = desc_mn_major(uniform(b), kPanelBytes);
+  const uint64_t desc = desc_mn_major(b, kPanelBytes);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma_rs<T, kDim>(acc, a + 4 * k, desc + k * (2048 / 16));
 }

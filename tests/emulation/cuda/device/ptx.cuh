@@ -20,6 +20,15 @@ using bf16 = __nv_bfloat16;
 inline uint32_t smem_addr(const void* p) { return emulator::shared_address(p); }
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+inline void store_shared_16(uint32_t addr, const uint4& x) {
+  std::memcpy(emulator::shared_pointer(addr), &x, 16);
+}
+inline uint4 load_shared_16(uint32_t addr) {
+  uint4 x;
+  std::memcpy(&x, emulator::shared_pointer(addr), 16);
+  return x;
+}
+
 /// 64 bits of shared memory, as an mbarrier is on the device.
 struct Mbarrier {
   int16_t expected, missing;
