@@ -68,10 +68,10 @@ def cuda_backend(name: str) -> Iterator[None]:
     Args:
         name: "sm80" (portable, any GPU from compute capability 8.0 on), "sm90" (Hopper, in builds
             for 9.0a) or "auto": on Hopper each kernel of a call is the one that was measured to be
-            faster. A call that the forced backend does not support raises, with one exception: "sm90"
-            ranks blocks of l' = 4 d, l <= 2 d, up to 32 indices and groups of 4 and more (the paper's
-            lengths among them); other rankings are the portable kernels'. The environment variable
-            ``NSA_EXT_CUDA_BACKEND`` sets the default.
+            faster. A call that the forced backend does not support raises, with one exception:
+            "sm90" ranks blocks of l' = 4 d, l <= 2 d, up to 32 indices and groups of 4 and more
+            (the paper's lengths among them); other rankings are the portable kernels'. The
+            environment variable ``NSA_EXT_CUDA_BACKEND`` sets the default.
     """
     previous = torch.ops.nsa_ext.set_cuda_backend(name)
     try:

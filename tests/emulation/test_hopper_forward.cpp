@@ -161,8 +161,7 @@ bool near_tie(const std::vector<double>& importance, const int32_t* x, const int
               int64_t n) {
   double least = 1e300, most = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (x[i] >= 0 && !std::count(right, right + n, x[i]))
-      least = std::min(least, importance[x[i]]);
+    if (x[i] >= 0 && !std::count(right, right + n, x[i])) least = std::min(least, importance[x[i]]);
     if (right[i] >= 0 && !std::count(x, x + n, right[i]))
       most = std::max(most, importance[right[i]]);
   }
@@ -208,9 +207,9 @@ void run(const Case& c) {
     if (std::equal(x, x + n, right)) continue;
     ++differ;
     const int64_t head_kv = row % c.heads_kv, i = row / c.heads_kv % c.seqlen_q;
-    CHECK_MESSAGE(near_tie(importance(c, q, k[0], row / c.heads_kv / c.seqlen_q, i, head_kv), x,
-                           right, n),
-                  "selection " + std::to_string(row));
+    CHECK_MESSAGE(
+        near_tie(importance(c, q, k[0], row / c.heads_kv / c.seqlen_q, i, head_kv), x, right, n),
+        "selection " + std::to_string(row));
   }
   CHECK_MESSAGE(differ * 10 <= rows, std::to_string(differ) + " selections differ");
   for (int b = 0; b <= kNumBranches; ++b) {

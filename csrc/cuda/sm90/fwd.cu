@@ -47,7 +47,8 @@ int64_t fwd_workspace(const FwdParams& p) {
   if (!ranking(p)) return 0;
   const int64_t tokens = BlockScores::kRows >> p.log2_group;
   const int64_t jobs = ceil_div<int64_t>(p.seqlen_q, tokens) * p.batch * p.heads_kv;
-  return std::min<int64_t>(jobs, multiprocessor_count()) * BlockScores::bytes(BlockScores::tiles(p));
+  return std::min<int64_t>(jobs, multiprocessor_count()) *
+         BlockScores::bytes(BlockScores::tiles(p));
 }
 
 void attn_fwd_branch(const AttnShape& shape, const FwdParams& params, void* workspace,

@@ -14,12 +14,12 @@ enum class Walk { kRange, kList, kRank };
 
 struct FwdArgs {
   FwdParams p;
-  int64_t jobs;          // tiles * batch * kv heads
-  int32_t stages;        // K or V tiles in shared memory
-  int32_t score_tiles;   // kRank: tiles of the longest sequence
-  char* scores;          // kRank: BlockScores of each block of threads
-  CUtensorMap q;         // (Dk, G, Hkv, Sq, B), box (64, padded G, 1, tokens of 64 rows, 1)
-  CUtensorMap k, v;      // (D, Hkv, Sk, B), box (64, 1, kTileKeys, 1)
+  int64_t jobs;         // tiles * batch * kv heads
+  int32_t stages;       // K or V tiles in shared memory
+  int32_t score_tiles;  // kRank: tiles of the longest sequence
+  char* scores;         // kRank: BlockScores of each block of threads
+  CUtensorMap q;        // (Dk, G, Hkv, Sq, B), box (64, padded G, 1, tokens of 64 rows, 1)
+  CUtensorMap k, v;     // (D, Hkv, Sk, B), box (64, 1, kTileKeys, 1)
 };
 
 template <class T_, int kDimQk_, int kDimV_, Walk kWalk_>
@@ -44,8 +44,8 @@ struct FwdShape {
                     kRankers * kRankerRegisters <=
                 kThreads / 128 * (kThreads == 512 ? 128 : 168));
 
-  // kRank: a tile's keys lie in quarters, column 32 k + b is key 4 b + k. The four compressed tokens
-  // that begin in a selection block are then in the accumulators of one thread.
+  // kRank: a tile's keys lie in quarters, column 32 k + b is key 4 b + k. The four compressed
+  // tokens that begin in a selection block are then in the accumulators of one thread.
   static constexpr int kQuarters = kWalk == Walk::kRank ? 4 : 1;
   /// The key of accumulator i of a lane, relative to its first.
   static __device__ constexpr int key_of(int i) {

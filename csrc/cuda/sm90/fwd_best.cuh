@@ -21,7 +21,8 @@ class BestBlocks {
   }
 
   /// From the best score that each lane has seen of each token: what the scores of its list must
-  /// exceed. The capacity-th best lane's is a bound: so many blocks are as good, and few are better.
+  /// exceed. The capacity-th best lane's is a bound: so many blocks are as good, and few are
+  /// better.
   __device__ __forceinline__ void bound(const float (&most)[kTokens],
                                         float (&exceed)[kTokens]) const {
     float score[kTokens];

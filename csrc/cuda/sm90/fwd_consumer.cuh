@@ -320,12 +320,12 @@ class Consumer {
   }
 
   /// What each row's head adds to the importance of a tile's blocks, relative to the row's
-  /// greatest share in the tile. Lane c of a quad has the four compressed tokens that begin in each of the blocks
-  /// 8 i + 2 c and 8 i + 2 c + 1; the one that reaches into a block from before may be another
-  /// lane's. Lane 3 carries the tile's last one over to the next tile.
+  /// greatest share in the tile. Lane c of a quad has the four compressed tokens that begin in each
+  /// of the blocks 8 i + 2 c and 8 i + 2 c + 1; the one that reaches into a block from before may
+  /// be another lane's. Lane 3 carries the tile's last one over to the next tile.
   __device__ __forceinline__ void leave_scores(const float (&s)[kScores], int tile,
-                                               const OnlineRow (&stats)[2],
-                                               const float (&most)[2], float (&carried)[2]) const {
+                                               const OnlineRow (&stats)[2], const float (&most)[2],
+                                               float (&carried)[2]) const {
     const BlockScores scores(block_.args, scores_at_.slot);
     const int quad_lane = lane_ % 4, row = warp_ * 16 + lane_ / 4;
     // Strides that a compressed token covers of a block: one in its last stride, else all it has.

@@ -44,8 +44,8 @@ __device__ __forceinline__ void prefetch_rows(const FwdParams& p, const Job& job
 }
 
 /// Writes lse, output (`o`, to be divided by the row's sum) and gated sum of the rows `row` and
-/// `row + 8` of the tile. kBatch: 16-byte chunks of a row of the gated sum that are read and written
-/// at a time; more hide latency, and take registers.
+/// `row + 8` of the tile. kBatch: 16-byte chunks of a row of the gated sum that are read and
+/// written at a time; more hide latency, and take registers.
 template <class T, int kDimV, int kBatch>
 __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, int row,
                                            const float (&o)[kDimV / 2], OnlineRow (&stats)[2]) {

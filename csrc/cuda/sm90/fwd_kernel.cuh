@@ -1,5 +1,6 @@
 // The forward on Hopper: persistent blocks of a producer warpgroup, which loads tiles of K and V
-// with TMA and prepares lists, consumer warpgroups of 64 query rows each, and one that ranks blocks.
+// with TMA and prepares lists, consumer warpgroups of 64 query rows each, and one that ranks
+// blocks.
 #pragma once
 
 #include "cuda/sm90/fwd_consumer.cuh"

@@ -32,7 +32,7 @@ class Ranker {
     Chunk chunks[kRankingWarps][kChunks][kTokensOfWarp];
     Candidate candidates[kRankingWarps][kTokensOfWarp][32];
     float minus_lse[kScoreBuffers][BlockScores::kRows];  // base two; -inf: a row without weight
-    Job jobs[kRankingWarps];  // there are no registers to keep them in
+    Job jobs[kRankingWarps];                             // there are no registers to keep them in
   };
   static constexpr int64_t kSharedBytes = sizeof(Smem);
 
@@ -86,10 +86,8 @@ class Ranker {
     for (int half = 0; half < 2; ++half) {
       const int r = lane_ / 4 + 8 * half;
       if (r >= chunk_rows()) break;
-      const float weight =
-          exp2_approx(chunk.references[r] + smem_.minus_lse[at_.slot][row + r]);
-      const uint4 words =
-          *reinterpret_cast<const uint4*>(chunk.scores + 512 * half + 16 * lane_);
+      const float weight = exp2_approx(chunk.references[r] + smem_.minus_lse[at_.slot][row + r]);
+      const uint4 words = *reinterpret_cast<const uint4*>(chunk.scores + 512 * half + 16 * lane_);
       const uint32_t packed[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -99,7 +97,7 @@ class Ranker {
       }
     }
     __syncwarp();  // the chunk's place is free
-    // Over the quads. Each step halves what a lane keeps.
+                   // Over the quads. Each step halves what a lane keeps.
 #pragma unroll
     for (int kept = 4; kept > 0; kept /= 2) {
       const int bit = 4 * kept;
@@ -107,8 +105,7 @@ class Ranker {
 #pragma unroll
       for (int i = 0; i < kept; ++i) {
         const float low = sums[i], high = sums[i + kept];
-        sums[i] = (upper ? high : low) +
-                  __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
+        sums[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
       }
     }
     return sums[0];
@@ -232,7 +229,8 @@ class Ranker {
         for (int i = 0; i < kTokensOfWarp; ++i) {
           const int tile = base + j;
           score[j][i] = tile < tiles ? sum(scores, tile, tokens.row[i]) : 0.0f;
-          if (!open(tokens, i, tile * BlockScores::kBlocks + lane_block())) score[j][i] = Lists::kAbsent;
+          if (!open(tokens, i, tile * BlockScores::kBlocks + lane_block()))
+            score[j][i] = Lists::kAbsent;
         }
       }
 #pragma unroll

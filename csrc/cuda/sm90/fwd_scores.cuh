@@ -15,11 +15,11 @@
 namespace nsa::cuda::sm90 {
 
 /// Whether these kernels rank the blocks of a call: four compressed tokens begin in a selection
-/// block, at most one reaches into it from before, a token has four rows, a warp's lanes hold a list.
+/// block, at most one reaches into it from before, a token has four rows, a warp's lanes hold a
+/// list.
 inline bool ranks(const FwdParams& p) {
-  return p.select_shift - p.stride_shift == 2 &&
-         p.config.block_size <= 2 * p.config.block_stride && p.log2_group >= 2 &&
-         p.index_count <= 32;
+  return p.select_shift - p.stride_shift == 2 && p.config.block_size <= 2 * p.config.block_stride &&
+         p.log2_group >= 2 && p.index_count <= 32;
 }
 
 /// The scores of one job, in global memory that a block of threads writes and reads again soon
