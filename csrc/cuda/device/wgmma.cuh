@@ -63,6 +63,9 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
 #define NSA_ACC16(d) NSA_ACC16_AT(d, 0)
 #define NSA_ACC32(d) NSA_ACC32_AT(d, 0)
 #define NSA_ACC64(d) NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32)
+#define NSA_ACC72(d) NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32), NSA_ACC4(d, 64), NSA_ACC4(d, 68)
+#define NSA_ACC88(d) \
+  NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32), NSA_ACC16_AT(d, 64), NSA_ACC4(d, 80), NSA_ACC4(d, 84)
 #define NSA_ACC96(d) NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32), NSA_ACC32_AT(d, 64)
 
 #define NSA_OUT4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
@@ -86,23 +89,32 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+#define NSA_D144 NSA_D128 ", %64, %65, %66, %67, %68, %69, %70, %71"
+
+#define NSA_D176                                                                  \
+  NSA_D144                                                                        \
+  ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, " \
+  "%87"
+
 #define NSA_D192                                                                     \
   NSA_D128                                                                           \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, "    \
   "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, " \
   "%95"
 
+#define NSA_DEFINE_WGMMA_SS(T, TYPE, N, R, A, B, P)                                            \
+  template <>                                                                                  \
+  __device__ __forceinline__ void wgmma_ss<T, N>(float (&d)[R], uint64_t a, uint64_t b,        \
+                                                 bool accumulate) {                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                        \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N \
+                 "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                        \
+                 : NSA_ACC##R(d)                                                               \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                         \
+  }
 #define NSA_DEFINE_WGMMA(T, TYPE, N, R, A, B, P, A0, A1, A2, A3, BR)                             \
-  template <>                                                                                    \
-  __device__ __forceinline__ void wgmma_ss<T, N>(float (&d)[R], uint64_t a, uint64_t b,          \
-                                                 bool accumulate) {                              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P                                          \
-                 ", 0;\n"                                                                        \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N   \
-                 "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                          \
-                 : NSA_ACC##R(d)                                                                 \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                           \
-  }                                                                                              \
+  NSA_DEFINE_WGMMA_SS(T, TYPE, N, R, A, B, P)                                                    \
   template <>                                                                                    \
   __device__ __forceinline__ void wgmma_ss_first<T, N>(float (&d)[R], uint64_t a, uint64_t b) {  \
     asm volatile(                                                                                \
@@ -143,13 +155,20 @@ NSA_DEFINE_WGMMA(bf16, "bf16", 64, 32, "32", "33", "34", "32", "33", "34", "35",
 NSA_DEFINE_WGMMA(__half, "f16", 64, 32, "32", "33", "34", "32", "33", "34", "35", "36")
 NSA_DEFINE_WGMMA(bf16, "bf16", 128, 64, "64", "65", "66", "64", "65", "66", "67", "68")
 NSA_DEFINE_WGMMA(__half, "f16", 128, 64, "64", "65", "66", "64", "65", "66", "67", "68")
+NSA_DEFINE_WGMMA_SS(bf16, "bf16", 144, 72, "72", "73", "74")
+NSA_DEFINE_WGMMA_SS(__half, "f16", 144, 72, "72", "73", "74")
+NSA_DEFINE_WGMMA_SS(bf16, "bf16", 176, 88, "88", "89", "90")
+NSA_DEFINE_WGMMA_SS(__half, "f16", 176, 88, "88", "89", "90")
 NSA_DEFINE_WGMMA(bf16, "bf16", 192, 96, "96", "97", "98", "96", "97", "98", "99", "100")
 NSA_DEFINE_WGMMA(__half, "f16", 192, 96, "96", "97", "98", "96", "97", "98", "99", "100")
 
+#undef NSA_DEFINE_WGMMA_SS
 #undef NSA_DEFINE_WGMMA
 #undef NSA_D32
 #undef NSA_D64
 #undef NSA_D128
+#undef NSA_D144
+#undef NSA_D176
 #undef NSA_D192
 #undef NSA_OUT4
 #undef NSA_OUT16_AT
@@ -164,6 +183,8 @@ NSA_DEFINE_WGMMA(__half, "f16", 192, 96, "96", "97", "98", "96", "97", "98", "99
 #undef NSA_ACC16
 #undef NSA_ACC32
 #undef NSA_ACC64
+#undef NSA_ACC72
+#undef NSA_ACC88
 #undef NSA_ACC96
 
 }  // namespace nsa::cuda

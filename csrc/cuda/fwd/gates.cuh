@@ -29,6 +29,11 @@ __device__ __forceinline__ void store_chunks(const FwdParams& p, const Job& job,
   const bool gated = p.gates.ptr != nullptr;
   float gate = 0.0f, earlier_gate[2] = {};
   uint4 earlier[2][kChunks];
+  // What only some paths write occupies its registers wherever the compiler cannot rule out a use:
+  // 32 of them throughout the loop over the keys.
+  if constexpr (kChunks > 1)
+    for (auto& row : earlier)
+      for (uint4& chunk : row) chunk = uint4{};
   if (gated) {
     const T* gates = query_row<const T>(p.gates, p, job, token, head);
     gate = to_float(gates[p.branch]);

@@ -29,17 +29,28 @@ struct FwdShape {
   static constexpr Walk kWalk = kWalk_;
   // Gathered blocks are loaded for 192 rows at once: the more tokens share a load, the less traffic
   // (measured, random selections at 65536 tokens: 15.4 ms with two warpgroups, 14.5 with three).
-  // 64 keys a tile then leave room for their accumulators. Ranges want wide tiles: fewer waits.
+  // 64 keys a tile then leave room for their accumulators.
   static constexpr int kConsumers = kWalk == Walk::kList && kDimQk <= 128 ? 3 : 2;
-  static constexpr int kTileKeys = kWalk == Walk::kList ? 64 : 128;
+  // Ranges want wide tiles: fewer waits. 8 tokens with a window of 512 span 519 keys, three tiles
+  // of 176 (88 + 64 accumulators and 44 weights of 240 registers), or four of 144 where three
+  // stages of more would not fit. The scores of selection blocks are laid out by tiles of 128.
+  static constexpr int kRangeKeys = kDimQk <= 128 ? 176 : 144;
+  static constexpr int kTileKeys = kWalk == Walk::kList   ? 64
+                                   : kWalk == Walk::kRank ? 128
+                                                          : kRangeKeys;
   static constexpr int kRows = kConsumers * 64;
   static constexpr int kRankers = kWalk == Walk::kRank ? 1 : 0;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers + kRankers) * 128;
   // What setmaxnreg hands out is what the launch took: 168 x 384 and 128 x 512 registers. The
   // producer warpgroup of a list does more than issue copies.
-  static constexpr int kProducerRegisters = kWalk == Walk::kRank ? 24 : 56;
+  static constexpr int kProducerRegisters = kWalk == Walk::kList    ? 56
+                                            : kWalk == Walk::kRange ? 40
+                                                                    : 24;
   static constexpr int kRankerRegisters = 72;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kRankers == 1 ? 208 : 224;
+  static constexpr int kConsumerRegisters = kConsumers == 3         ? 152
+                                            : kRankers == 1         ? 208
+                                            : kWalk == Walk::kRange ? 232
+                                                                    : 224;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters +
                     kRankers * kRankerRegisters <=
                 kThreads / 128 * (kThreads == 512 ? 128 : 168));
