@@ -58,6 +58,10 @@ const Case kCases[] = {
     {"groups of 8", 1, 40, 5000, 8, 1, 64, 64, {32, 16, 64, 16, 1, 2, 64}},
     {"ends of tiles", 1, 80, 2100, 16, 1, 64, 64, {32, 16, 64, 5, 0, 0, 64}},
     {"lists of 12 tokens", 1, 37, 12000, 16, 1, 128, 128, {32, 16, 64, 16, 1, 2, 64}},
+    {"window of 512", 1, 20, 900, 16, 1, 128, 128, {32, 16, 64, 5, 1, 2, 512}},
+    {"window of 512, groups of 4", 1, 70, 1100, 4, 1, 64, 64, {32, 16, 64, 5, 1, 2, 512}},
+    {"window of 512, values of 128", 1, 20, 900, 16, 1, 192, 128, {32, 16, 64, 5, 1, 2, 512}},
+    {"many keys, no ranking", 1, 70, 6100, 2, 1, 64, 64, {32, 16, 64, 3, 1, 1, 600}},
     {"many tiles", 1, 24, 9000, 16, 1, 64, 64, {32, 16, 64, 16, 1, 2, 64}},
     // All blocks are forced: heads that see one key only make equal importances.
     {"scores that exceed those of the first tile by far",

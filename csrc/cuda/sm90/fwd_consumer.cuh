@@ -126,20 +126,36 @@ class Consumer {
     wgmma_commit();
   }
 
-  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first. Only ranges have a lo.
+  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first, lo is 0.
   __device__ __forceinline__ void mask(float (&s)[kScores], const Rows& rows, int key) const {
-    constexpr bool kLower = kWalk == Walk::kRange;
-    const bool inside = (!kLower || key >= max(rows.lo[0], rows.lo[1])) &&
-                        key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
+    const bool inside = key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
     if (__builtin_expect(__all_sync(0xffffffffu, inside), true)) return;
     // Bounds relative to this lane's first key: what is compared with them is constant.
     const int first = key + lane_ % 4 * Shape::kLaneKeys;
-    const int lo[2] = {rows.lo[0] - first, rows.lo[1] - first};
     const int hi[2] = {rows.hi[0] - first, rows.hi[1] - first};
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int offset = Shape::key_of(i), half = i / 2 % 2;
-      if ((kLower && offset < lo[half]) || offset >= hi[half]) s[i] = negative_infinity();
+    for (int i = 0; i < kScores; ++i)
+      if (Shape::key_of(i) >= hi[i / 2 % 2]) s[i] = negative_infinity();
+  }
+
+  /// As mask, of ranges: all rows of the warp see keys [lo, hi) of the tile. A range ends within 16
+  /// keys of most of its tiles that it does not fill.
+  __device__ __forceinline__ void mask_range(float (&s)[kScores], const Rows& rows, int key, int lo,
+                                             int hi) const {
+    constexpr int kPart = 16;
+    if (__builtin_expect(lo <= 0 && hi >= kTileKeys, true)) return;
+    const int first = key + lane_ % 4 * Shape::kLaneKeys;
+    const int row_lo[2] = {rows.lo[0] - first, rows.lo[1] - first};
+    const int row_hi[2] = {rows.hi[0] - first, rows.hi[1] - first};
+#pragma unroll
+    for (int part = 0; part < kTileKeys / kPart; ++part) {
+      if (lo <= part * kPart && hi >= (part + 1) * kPart) continue;
+#pragma unroll
+      for (int i = 0; i < kPart / 2; ++i) {
+        const int offset = part * kPart + Shape::key_of(i), half = i / 2 % 2;
+        if (offset < row_lo[half] || offset >= row_hi[half])
+          s[part * (kPart / 2) + i] = negative_infinity();
+      }
     }
   }
 
@@ -228,9 +244,12 @@ class Consumer {
     const int tiles = range.template tiles<Shape>();
     clear(o);
     if (tiles == 0) return;
+    // What every row of the warp sees: the last one's first key, the first one's last key.
+    const int lo = uniform(__shfl_sync(0xffffffffu, rows.lo[1], 31)), hi = uniform(rows.hi[0]);
     walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
       float unused[2];
-      mask(s, rows, range.begin + j * kTileKeys);
+      const int key = range.begin + j * kTileKeys;
+      mask_range(s, rows, key, lo - key, hi - key);
       exponentials(s, stats, factor, unused);
     });
   }
