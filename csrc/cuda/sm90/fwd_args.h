@@ -32,8 +32,8 @@ struct FwdShape {
   // 64 keys a tile then leave room for their accumulators.
   static constexpr int kConsumers = kWalk == Walk::kList && kDimQk <= 128 ? 3 : 2;
   // Ranges want wide tiles: fewer waits. 8 tokens with a window of 512 span 519 keys, three tiles
-  // of 176 (88 + 64 accumulators and 44 weights of 240 registers), or four of 144 where three
-  // stages of more would not fit. The scores of selection blocks are laid out by tiles of 128.
+  // of 176 (88 + 64 accumulators and 44 weights of 232 registers), or four of 144 for Dk = 192,
+  // where no three stages of 176 fit. The scores of selection blocks are laid out by tiles of 128.
   static constexpr int kRangeKeys = kDimQk <= 128 ? 176 : 144;
   static constexpr int kTileKeys = kWalk == Walk::kList   ? 64
                                    : kWalk == Walk::kRank ? 128
@@ -42,7 +42,7 @@ struct FwdShape {
   static constexpr int kRankers = kWalk == Walk::kRank ? 1 : 0;  // warpgroups
   static constexpr int kThreads = (1 + kConsumers + kRankers) * 128;
   // What setmaxnreg hands out is what the launch took: 168 x 384 and 128 x 512 registers. The
-  // producer warpgroup of a list does more than issue copies.
+  // producer warpgroup of a list does more than issue copies; that of a range spills with 24.
   static constexpr int kProducerRegisters = kWalk == Walk::kList    ? 56
                                             : kWalk == Walk::kRange ? 40
                                                                     : 24;

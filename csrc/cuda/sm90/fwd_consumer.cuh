@@ -138,8 +138,8 @@ class Consumer {
       if (Shape::key_of(i) >= hi[i / 2 % 2]) s[i] = negative_infinity();
   }
 
-  /// As mask, of ranges: all rows of the warp see keys [lo, hi) of the tile. A range ends within 16
-  /// keys of most of its tiles that it does not fill.
+  /// As mask, of ranges, which have a lo: all rows of the warp see keys [lo, hi) of the tile. Of a
+  /// window's first and last tile that is all but a few keys.
   __device__ __forceinline__ void mask_range(float (&s)[kScores], const Rows& rows, int key, int lo,
                                              int hi) const {
     constexpr int kPart = 16;
