@@ -122,7 +122,7 @@ class Dispatch {
 #ifdef NSA_EXT_WITH_SM90
   bool on_hopper(const FwdParams& branch) const {
     return backend_ != Backend::kSm80 && refusals_.empty() && sm90::fwd_takes(branch) &&
-           (backend_ == Backend::kSm90 || sm90::fwd_pays(shape_, branch));
+           (backend_ == Backend::kSm90 || sm90::fwd_pays(branch));
   }
 #endif
 

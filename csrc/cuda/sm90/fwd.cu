@@ -34,11 +34,10 @@ std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int min
 
 bool fwd_takes(const FwdParams& p) { return !ranking(p) || ranks(p); }
 
-bool fwd_pays(const AttnShape& shape, const FwdParams& p) {
+bool fwd_pays(const FwdParams& p) {
   // Measured on an H100 (docs/kernels/forward.md), the ranking from 2048 keys on, where the jobs'
   // beginnings and ends are half of it; groups below 4 have not been measured.
   constexpr int kRankingFrom = 2048, kSmallestLog2Group = 2;
-  if (shape.dim_qk < 128) return false;
   if (ranking(p) && p.seqlen_k < kRankingFrom) return false;
   return p.log2_group >= kSmallestLog2Group || !(ranking(p) || p.branch == kSelected);
 }

@@ -17,7 +17,7 @@ std::vector<std::string> fwd_unsupported(const AttnFwd& call, int major, int min
 /// hold.
 bool fwd_takes(const FwdParams& params);
 /// Whether it is the faster one.
-bool fwd_pays(const AttnShape& shape, const FwdParams& params);
+bool fwd_pays(const FwdParams& params);
 
 /// Device memory that a launch for this branch needs, 256-byte aligned.
 int64_t fwd_workspace(const FwdParams& params);
