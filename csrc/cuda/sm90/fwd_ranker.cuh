@@ -97,7 +97,8 @@ class Ranker {
       }
     }
     __syncwarp();  // the chunk's place is free
-                   // Over the quads. Each step halves what a lane keeps.
+
+    // Over the quads. Each step halves what a lane keeps.
 #pragma unroll
     for (int kept = 4; kept > 0; kept /= 2) {
       const int bit = 4 * kept;
