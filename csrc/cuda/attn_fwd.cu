@@ -180,9 +180,9 @@ void attn_fwd(const AttnFwd& params, void* workspace, Stream stream, Backend bac
   if (!wants_output(call)) call.shape.dim_v = dim_v_of(call.shape.dim_qk);
   const Dispatch dispatch(call, backend, check_call(call));
   dispatch.check();
+  void* const kernel_workspace = static_cast<char*>(workspace) + kernel_offset(call);
   for_each_branch(call, workspace, [&](const FwdParams& branch) {
-    dispatch.launch(branch, static_cast<char*>(workspace) + kernel_offset(call),
-                    static_cast<cudaStream_t>(stream));
+    dispatch.launch(branch, kernel_workspace, static_cast<cudaStream_t>(stream));
   });
 }
 

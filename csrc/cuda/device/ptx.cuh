@@ -16,6 +16,16 @@ __device__ __forceinline__ uint32_t smem_addr(const void* p) {
 
 /// x, the same in all lanes, for the compiler to know: what follows runs in uniform registers.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+__device__ __forceinline__ int uniform(int x) {
+  return static_cast<int>(uniform(static_cast<uint32_t>(x)));
+}
+template <class Object>
+__device__ __forceinline__ const Object* uniform(const Object* x) {
+  const auto bits = reinterpret_cast<uint64_t>(x);
+  return reinterpret_cast<const Object*>(
+      static_cast<uint64_t>(uniform(static_cast<uint32_t>(bits >> 32))) << 32 |
+      uniform(static_cast<uint32_t>(bits)));
+}
 
 // ---- Asynchronous copies, global -> shared ------------------------------------------------------
 

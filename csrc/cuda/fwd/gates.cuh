@@ -6,15 +6,15 @@
 
 namespace nsa::cuda {
 
-/// values += gate * chunk, where a chunk is 8 elements.
+/// values += factor * chunk, where a chunk is 8 elements.
 template <class T>
-__device__ __forceinline__ void add_gated(float (&values)[8], float gate, uint4 chunk) {
+__device__ __forceinline__ void add_scaled(float (&values)[8], float factor, uint4 chunk) {
   const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 pair = unpack2<T>(words[i]);
-    values[2 * i] = fmaf(gate, pair.x, values[2 * i]);
-    values[2 * i + 1] = fmaf(gate, pair.y, values[2 * i + 1]);
+    values[2 * i] = fmaf(factor, pair.x, values[2 * i]);
+    values[2 * i + 1] = fmaf(factor, pair.y, values[2 * i + 1]);
   }
 }
 
@@ -59,8 +59,8 @@ __device__ __forceinline__ void store_chunks(const FwdParams& p, const Job& job,
     float sum[8] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      if (p.earlier[i].ptr) add_gated<T>(sum, earlier_gate[i], earlier[i][c]);
-    add_gated<T>(sum, gate, chunks[c]);
+      if (p.earlier[i].ptr) add_scaled<T>(sum, earlier_gate[i], earlier[i][c]);
+    add_scaled<T>(sum, gate, chunks[c]);
     *reinterpret_cast<uint4*>(row + c * step) =
         make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]),
                    pack2<T>(sum[6], sum[7]));

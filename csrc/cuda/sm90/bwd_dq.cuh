@@ -144,10 +144,7 @@ class DqKernel {
   }
   /// The same by a whole warp, worked out anew wherever it stands: there are no registers to keep
   /// it in.
-  __device__ __forceinline__ Job job_again(int i) const { return job_at(same(i)); }
-  static __device__ __forceinline__ int same(int x) {
-    return static_cast<int>(uniform(static_cast<uint32_t>(x)));
-  }
+  __device__ __forceinline__ Job job_again(int i) const { return job_at(uniform(i)); }
 
   /// Keys between the first that the first token sees and the last that the last one does.
   __device__ __forceinline__ KeyRange dense_keys(const Job& job, int branch) const {
@@ -182,23 +179,16 @@ class DqKernel {
     const CUtensorMap *k, *v;
     int batch, head, first;  // row of the first key
   };
-  template <class Object>
-  static __device__ __forceinline__ const Object* same(const Object* x) {
-    const auto bits = reinterpret_cast<uint64_t>(x);
-    return reinterpret_cast<const Object*>(
-        static_cast<uint64_t>(uniform(static_cast<uint32_t>(bits >> 32))) << 32 |
-        uniform(static_cast<uint32_t>(bits)));
-  }
   __device__ __forceinline__ KeySource key_source(const Job& job, int branch) const {
-    return {same(&launch_.k[branch]), same(&launch_.v[branch]),
-            same(static_cast<int>(job.sequence.batch)), same(job.head),
-            same(first_key_row(job.sequence, branch, p_.config))};
+    return {uniform(&launch_.k[branch]), uniform(&launch_.v[branch]),
+            uniform(static_cast<int>(job.sequence.batch)), uniform(job.head),
+            uniform(first_key_row(job.sequence, branch, p_.config))};
   }
 
   /// A warp, by its first lane: a tile of keys into the ring.
   __device__ __forceinline__ void load_tile(const KeySource& source, const KeyTile& tile,
                                             Position& at) {
-    const int slot = same(at.slot), row = source.first + same(tile.key);
+    const int slot = uniform(at.slot), row = source.first + uniform(tile.key);
     const uint32_t bar = full(slot), dst = ring(slot);
     if (threadIdx.x == 0) {
       mbarrier_wait(empty(slot), at.parity ^ 1);
@@ -249,7 +239,7 @@ class DqKernel {
         const KeySource source = key_source(job, branch);
         if (branch == kSelected) {
           const UnionBlock* blocks = blocks_of(job);
-          const int count = same(launch_.args.union_counts[list_of(job)]);
+          const int count = uniform(launch_.args.union_counts[list_of(job)]);
           const int size = p_.config.select_size;
           const uint32_t keys = static_cast<uint32_t>(min(size, kRows));
           for (int base = 0; base < count; base += 32) {
@@ -271,12 +261,12 @@ class DqKernel {
           }
         } else {
           const KeyRange keys = dense_keys(job, branch);
-          const int end = same(keys.end);
+          const int end = uniform(keys.end);
           uint32_t wanted = 0;
           for (int c = 0; c < Shape::kConsumers; ++c)
             wanted |= static_cast<uint32_t>(c * consumer_tokens() < job.count) << c;
 #pragma unroll 1
-          for (int key = same(keys.begin); key < end; key += kRows) {
+          for (int key = uniform(keys.begin); key < end; key += kRows) {
             const uint32_t count = static_cast<uint32_t>(min(kRows, end - key));
             load_tile(source, {key, count | wanted << 8, {~0u, ~0u}}, at);
           }
@@ -340,7 +330,7 @@ class DqKernel {
         int left;
         {
           const Job job = job_again(number);
-          left = same(count_tiles(job, branch));
+          left = uniform(count_tiles(job, branch));
           load_branch(job, branch, first_row, rows);
         }
         for (; left > 0; --left) {

@@ -65,9 +65,8 @@ class Producer {
     // bring the arguments of each copy there.
     const uint32_t bar = uniform(smem_addr(&block_.barriers.full[at_.slot]));
     const uint32_t dst = uniform(block_.tile(at_));
-    const int row = static_cast<int>(uniform(static_cast<uint32_t>(job.row_k) + key));
-    const int head = static_cast<int>(uniform(job.head_kv)),
-              batch = static_cast<int>(uniform(job.batch));
+    const int row = uniform(static_cast<int>(job.row_k) + key);
+    const int head = uniform(job.head_kv), batch = uniform(job.batch);
     if (threadIdx.x == 0) {
       mbarrier_arrive_expect(bar, panels * Shape::kPanelBytes);
 #pragma unroll

@@ -2,6 +2,7 @@
 // summed over the heads of each token and ranked, while the consumers work on the next job.
 #pragma once
 
+#include "cuda/fwd/gates.cuh"
 #include "cuda/fwd/ranking.cuh"
 #include "cuda/sm90/fwd_best.cuh"
 #include "cuda/sm90/fwd_scores.cuh"
@@ -87,14 +88,8 @@ class Ranker {
       const int r = lane_ / 4 + 8 * half;
       if (r >= chunk_rows()) break;
       const float weight = exp2_approx(chunk.references[r] + smem_.minus_lse[at_.slot][row + r]);
-      const uint4 words = *reinterpret_cast<const uint4*>(chunk.scores + 512 * half + 16 * lane_);
-      const uint32_t packed[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack2<__half>(packed[i]);
-        sums[2 * i] = fmaf(weight, pair.x, sums[2 * i]);
-        sums[2 * i + 1] = fmaf(weight, pair.y, sums[2 * i + 1]);
-      }
+      add_scaled<__half>(sums, weight,
+                         *reinterpret_cast<const uint4*>(chunk.scores + 512 * half + 16 * lane_));
     }
     __syncwarp();  // the chunk's place is free
 

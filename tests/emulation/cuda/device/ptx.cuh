@@ -19,6 +19,14 @@ using bf16 = __nv_bfloat16;
 
 inline uint32_t smem_addr(const void* p) { return emulator::shared_address(p); }
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+template <class Object>
+const Object* uniform(const Object* x) {
+  const auto bits = reinterpret_cast<uint64_t>(x);
+  return reinterpret_cast<const Object*>(
+      static_cast<uint64_t>(uniform(static_cast<uint32_t>(bits >> 32))) << 32 |
+      uniform(static_cast<uint32_t>(bits)));
+}
 
 inline void store_shared_16(uint32_t addr, const uint4& x) {
   std::memcpy(emulator::shared_pointer(addr), &x, 16);
