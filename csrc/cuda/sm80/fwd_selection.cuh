@@ -8,7 +8,7 @@
 // within the warp that holds the token's rows (two warps for padded groups of 64).
 #pragma once
 
-#include "cuda/fwd/ranking.cuh"
+#include "cuda/sm80/fwd_ranking.cuh"
 #include "cuda/sm80/fwd_source.cuh"
 
 namespace nsa::cuda::sm80 {

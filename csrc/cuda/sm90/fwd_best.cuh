@@ -2,7 +2,8 @@
 // best of each token. The steps of one token hide the latency of the others'.
 #pragma once
 
-#include "cuda/fwd/ranking.cuh"
+#include "cuda/device/ptx.cuh"
+#include "cuda/fwd/forced.cuh"
 
 namespace nsa::cuda::sm90 {
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/fwd/gates.cuh"
-#include "cuda/fwd/ranking.cuh"
 #include "cuda/sm90/fwd_best.cuh"
 #include "cuda/sm90/fwd_scores.cuh"
 

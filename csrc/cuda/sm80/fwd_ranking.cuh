@@ -1,13 +1,13 @@
 // The choice of a token's selection blocks (eq. 9-11) from column sums: the softmax of the
-// compressed branch summed over the heads of the group, a column per compressed token. Shared by
-// the kernels, which differ in how the sums come about and who reads them.
+// compressed branch summed over the heads of the group, a column per compressed token.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/topk.cuh"
+#include "cuda/fwd/forced.cuh"
 #include "cuda/fwd/job.cuh"
 
-namespace nsa::cuda {
+namespace nsa::cuda::sm80 {
 
 /// Column sums kept from before a tile: a compressed token reaches at most l/d - 1 <= 7 strides
 /// into the next block.
@@ -100,23 +100,6 @@ __device__ __forceinline__ void sum_heads_small(int log2_group, int warp,
   }
 }
 
-/// Forced blocks of the query at position t: [0, init) and [local, own].
-struct Forced {
-  int own, init, local;
-  __device__ __forceinline__ Forced(const FwdParams& p, int t) {
-    own = max(-1, t >> p.select_shift);
-    init = min(p.config.num_init, own + 1);
-    local = max(init, own + 1 - p.config.num_local);
-  }
-  /// Whether importance decides about the block.
-  __device__ __forceinline__ bool leaves_open(int block) const {
-    return block >= init && block < local;
-  }
-  __device__ __forceinline__ int capacity(int index_count) const {
-    return index_count - init - (own + 1 - local);
-  }
-};
-
 /// Importance of the block whose first column is column(0): sum over the compressed tokens of
 /// overlap * softmax. column(k) is the sum k strides further; k > -kHalo.
 template <class Column>
@@ -161,4 +144,4 @@ __device__ __forceinline__ void write_indices(const FwdParams& p, const Job& job
   }
 }
 
-}  // namespace nsa::cuda
+}  // namespace nsa::cuda::sm80
