@@ -100,6 +100,15 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   emulator::sync_warp();
   return result;
 }
+inline int __reduce_min_sync(unsigned, int value) {
+  *emulator::words(emulator::current.lane()) = static_cast<uint32_t>(value);
+  emulator::sync_warp();
+  int result = value;
+  for (int lane = 0; lane < 32; ++lane)
+    result = std::min(result, static_cast<int>(*emulator::words(lane)));
+  emulator::sync_warp();
+  return result;
+}
 inline unsigned __match_any_sync(unsigned, int value) {
   *emulator::words(emulator::current.lane()) = static_cast<uint32_t>(value);
   emulator::sync_warp();

@@ -20,6 +20,20 @@ struct Forced {
   __device__ __forceinline__ int capacity(int index_count) const {
     return index_count - init - (own + 1 - local);
   }
+  /// What a row of block_indices holds beside its `chosen` blocks at [init, init + chosen): the
+  /// forced ones, and -1. Called by a warp.
+  __device__ __forceinline__ void write(int32_t* row, int chosen, int index_count, int lane) const {
+    const int local_rank = init + chosen, total = local_rank + own + 1 - local;
+    for (int i = lane; i < index_count; i += 32) {
+      if (i < init) {
+        row[i] = i;
+      } else if (i >= total) {
+        row[i] = -1;
+      } else if (i >= local_rank) {
+        row[i] = local + i - local_rank;
+      }
+    }
+  }
 };
 
 }  // namespace nsa::cuda

@@ -131,17 +131,7 @@ __device__ __forceinline__ void write_indices(const FwdParams& p, const Job& job
     }
     row[rank] = index;
   }
-  const int local_rank = forced.init + chosen;
-  const int total = local_rank + forced.own + 1 - forced.local;
-  for (int i = lane; i < p.index_count; i += 32) {
-    if (i < forced.init) {
-      row[i] = i;
-    } else if (i >= total) {
-      row[i] = -1;
-    } else if (i >= local_rank) {
-      row[i] = forced.local + i - local_rank;
-    }
-  }
+  forced.write(row, chosen, p.index_count, lane);
 }
 
 }  // namespace nsa::cuda::sm80

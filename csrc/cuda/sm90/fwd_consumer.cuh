@@ -47,7 +47,7 @@ class Consumer {
       mbarrier_wait(smem_addr(&block_.barriers.q_full[consumer_]), parity);
       parity ^= 1;
       if constexpr (kWalk == Walk::kList) {
-        walk_list(job, rows, o, stats);
+        walk_list(rows, o, stats);
       } else if constexpr (kWalk == Walk::kRange) {
         walk_range(Range(p, job), rows, o, stats);
       } else {
@@ -83,24 +83,42 @@ class Consumer {
     if (kWarpArrivals == 32 || lane_ == 0)
       mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
   }
-  /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
-  /// to the phase of its fill: before that it would count for the fill before.
-  __device__ __forceinline__ void skip(int pairs) {
-    for (int i = 0; i < 2 * pairs; ++i) {
-      const Cursor at = take();
-      wait_full(at);
-      release(at);
-    }
-  }
   /// The next tile of the ring.
   __device__ __forceinline__ Cursor take() {
     const Cursor at = at_;
     at_.advance(block_.args.stages);
     return at;
   }
+  /// The next K of a list; its V is in the slot after it.
+  __device__ __forceinline__ Cursor take_pair() {
+    const Cursor at = at_;
+    ++at_.slot;
+    at_.advance(block_.args.stages);
+    return at;
+  }
+  static __device__ __forceinline__ Cursor value_of(const Cursor& k) {
+    return {k.slot + 1, k.parity};
+  }
+  /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
+  /// to the phase of its fill: before that it would count for the fill before.
+  __device__ __forceinline__ void skip(int pairs) {
+#pragma unroll 1
+    for (int i = 0; i < pairs; ++i) {
+      const Cursor k = take_pair(), v = value_of(k);
+      wait_full(k);
+      wait_full(v);
+      release(k);
+      release(v);
+    }
+  }
 
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Cursor& at) const {
-    const uint64_t q = desc_k_major(uniform(q_)), keys = desc_k_major(uniform(block_.tile(at)));
+  /// Where a tile of the ring is, in a uniform register.
+  __device__ __forceinline__ uint32_t tile(const Cursor& at) const {
+    return uniform(block_.tile(at));
+  }
+
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t tile) const {
+    const uint64_t q = desc_k_major(uniform(q_)), keys = desc_k_major(tile);
 #pragma unroll
     for (int k = 0; k < Shape::kDimQk / 16; ++k)
       wgmma_ss<T, kTileKeys>(s, q + (k / 4 * 8192 + k % 4 * 32) / 16,
@@ -111,28 +129,28 @@ class Consumer {
   __device__ __forceinline__ void compute_scores(float (&s)[kScores], const Cursor& at) const {
     wait_full(at);
     wgmma_fence();
-    issue_scores(s, at);
+    issue_scores(s, tile(at));
     wgmma_wait<0>();
     pin(s);
     release(at);
   }
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
                                                const uint32_t (&pack)[kScores / 2],
-                                               const Cursor& at) const {
-    const uint64_t values = desc_mn_major(uniform(block_.tile(at)), Shape::kPanelBytes);
+                                               uint32_t tile) const {
+    const uint64_t values = desc_mn_major(tile, Shape::kPanelBytes);
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k)
       wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k, values + k * 2048 / 16);
     wgmma_commit();
   }
 
-  /// Scores of keys outside [lo, hi) become -inf; `key` is the tile's first, lo is 0.
-  __device__ __forceinline__ void mask(float (&s)[kScores], const Rows& rows, int key) const {
-    const bool inside = key + kTileKeys <= min(rows.hi[0], rows.hi[1]);
+  /// Scores of keys from hi on become -inf; `key` is the tile's first.
+  __device__ __forceinline__ void mask(float (&s)[kScores], const int (&row_hi)[2], int key) const {
+    const bool inside = key + kTileKeys <= min(row_hi[0], row_hi[1]);
     if (__builtin_expect(__all_sync(0xffffffffu, inside), true)) return;
     // Bounds relative to this lane's first key: what is compared with them is constant.
     const int first = key + lane_ % 4 * Shape::kLaneKeys;
-    const int hi[2] = {rows.hi[0] - first, rows.hi[1] - first};
+    const int hi[2] = {row_hi[0] - first, row_hi[1] - first};
 #pragma unroll
     for (int i = 0; i < kScores; ++i)
       if (Shape::key_of(i) >= hi[i / 2 % 2]) s[i] = negative_infinity();
@@ -167,7 +185,7 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       float reference, sum = 0.0f;
       most[half] = row_max(s, half);
-      factor[half] = stats[half].raise(most[half], p.scale_log2, reference);
+      factor[half] = stats[half].raise_lazily(most[half], p.scale_log2, reference);
 #pragma unroll
       for (int i = 0; i < kScores / 4; ++i) {
 #pragma unroll
@@ -193,6 +211,7 @@ class Consumer {
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
   }
   static __device__ __forceinline__ void rescale(float (&o)[kOutputs], const float (&factor)[2]) {
+    if (__all_sync(0xffffffffu, factor[0] == 1.0f && factor[1] == 1.0f)) return;
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] *= factor[i / 2 % 2];
   }
@@ -218,8 +237,8 @@ class Consumer {
       wait_full(k);
       wait_full(v);
       wgmma_fence();
-      issue_scores(s, k);
-      issue_output(o, packed, v);
+      issue_scores(s, tile(k));
+      issue_output(o, packed, tile(v));
       wgmma_wait<1>();
       pin(s);
       release(k);
@@ -233,7 +252,7 @@ class Consumer {
     const Cursor last = take();
     wait_full(last);
     wgmma_fence();
-    issue_output(o, packed, last);
+    issue_output(o, packed, tile(last));
     wgmma_wait<0>();
     pin(o);
     release(last);
@@ -254,55 +273,63 @@ class Consumer {
     });
   }
 
-  __device__ __forceinline__ void walk_list(const Job& job, const Rows& rows, float (&o)[kOutputs],
+  /// A tile of a list that some of the warpgroup's tokens chose, and the keys of it that this
+  /// thread's rows see.
+  struct ListTile {
+    int tile, key, hi[2];
+  };
+  __device__ __forceinline__ ListTile look_at(const BlockList& blocks, const Rows& rows,
+                                              int tile) const {
+    const int keys = min(kTileKeys, p.config.select_size);
+    uint32_t chosen_by;
+    ListTile next{tile, blocks.tile(p, tile, chosen_by)};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool chosen = rows.token[half] < 32 && (chosen_by >> rows.token[half] & 1);
+      next.hi[half] = chosen ? min(next.key + keys, rows.hi[half]) : 0;
+    }
+    return next;
+  }
+
+  __device__ __forceinline__ void walk_list(const Rows& rows, float (&o)[kOutputs],
                                             OnlineRow (&stats)[2]) {
     clear(o);
     Block::wait_full(block_.barriers.list_full, list_);
     const BlockList blocks(block_.extra(), p.sort_size, list_.slot);
-    const int tiles = blocks.tiles(p), tiles_shift = BlockList::tiles_shift(p);
-    const int keys = min(kTileKeys, p.config.select_size);
-    const uint32_t mine = BlockList::consumer_tokens(p, consumer_);
+    const int tiles = blocks.tiles(p);
+    WantedTiles wanted(blocks, p, BlockList::consumer_tokens(p, consumer_));
     int walked = 0;  // tiles up to here have been taken from the ring, or skipped
-    for (int base = 0; base < tiles; base += 32) {
-      // 32 tiles at a time: each lane looks whether the warpgroup wants one of them.
-      const int candidate = base + lane_;
-      const uint32_t chosen_here = candidate < tiles ? blocks.tokens(candidate >> tiles_shift) : 0;
-      uint32_t wanted = __ballot_sync(0xffffffffu, chosen_here & mine);
-      while (wanted != 0) {
-        const int bit = __ffs(wanted) - 1, j = base + bit;
-        wanted &= wanted - 1;
-        const uint32_t chosen_by = __shfl_sync(0xffffffffu, chosen_here, bit);
-        skip(j - walked);
-        walked = j + 1;
-        const Cursor k = take(), v = take();
-        const int key = blocks.tile_key(p, j);
-        float s[kScores];
-        uint32_t packed[kScores / 2];
-        compute_scores(s, k);
-        Rows seen = rows;
+    ListTile at = look_at(blocks, rows, wanted.next());
+    while (at.tile < tiles) {
+      skip(at.tile - walked);
+      walked = at.tile + 1;
+      const Cursor k = take_pair(), v = value_of(k);
+      const uint32_t keys = tile(k);
+      float s[kScores];
+      uint32_t packed[kScores / 2];
+      wait_full(k);
+      wgmma_fence();
+      issue_scores(s, keys);
+      wgmma_wait<0>();
+      pin(s);
+      release(k);
+      if (__any_sync(0xffffffffu, max(at.hi[0], at.hi[1]) > at.key)) {
+        float factor[2], unused[2];
+        mask(s, at.hi, at.key);
+        exponentials(s, stats, factor, unused);
+        rescale(o, factor);
+        pack(s, packed);
+      } else {  // another warp's token chose the block
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool chosen = rows.token[half] < 32 && (chosen_by >> rows.token[half] & 1);
-          seen.lo[half] = 0;
-          seen.hi[half] = chosen ? min(key + keys, job.position(rows.token[half]) + 1) : 0;
-        }
-        if (__any_sync(0xffffffffu, max(seen.hi[0], seen.hi[1]) > key)) {
-          float factor[2], unused[2];
-          mask(s, seen, key);
-          exponentials(s, stats, factor, unused);
-          rescale(o, factor);
-          pack(s, packed);
-        } else {  // another warp's token chose the block
-#pragma unroll
-          for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
-        }
-        wait_full(v);
-        wgmma_fence();
-        issue_output(o, packed, v);
-        wgmma_wait<0>();
-        pin(o);
-        release(v);
+        for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
       }
+      wait_full(v);
+      wgmma_fence();
+      issue_output(o, packed, keys + Shape::kTileBytes);
+      at = look_at(blocks, rows, wanted.next());  // beside the product
+      wgmma_wait<0>();
+      pin(o);
+      release(v);
     }
     skip(tiles - walked);
     Block::arrive(block_.barriers.list_empty, list_);
@@ -318,7 +345,7 @@ class Consumer {
     float carried[2] = {};
     const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
       float most[2];
-      mask(s, rows, j * kTileKeys);
+      mask(s, rows.hi, j * kTileKeys);
       exponentials(s, stats, factor, most);
 #pragma unroll
       for (int half = 0; half < 2; ++half) carried[half] *= factor[half];

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 template <class Shape>
 int64_t plan_shared_memory(FwdArgs& args) {
   constexpr int64_t kLimit = 227 * 1024;
-  constexpr int kLeast = 3;  // a K, a V, and one more underway
+  constexpr int kLeast = Shape::kWalk == Walk::kList ? 4 : 3;  // a K, a V, and one more underway
   FwdParams& p = args.p;
   p.tile_tokens = Shape::kRows >> p.log2_group;
   // Token membership of a list's block is a 32-bit mask.
@@ -37,6 +37,7 @@ int64_t plan_shared_memory(FwdArgs& args) {
     const int64_t stages = (kLimit - FwdBlock<Shape>::smem_bytes(0, extra)) / Shape::kTileBytes;
     if (stages < kLeast && p.tile_tokens > 1) continue;
     args.stages = static_cast<int>(std::min<int64_t>(stages, kMaxStages));
+    if (Shape::kWalk == Walk::kList) args.stages &= ~1;  // V in the slot after its K
     return FwdBlock<Shape>::smem_bytes(args.stages, extra);
   }
 }

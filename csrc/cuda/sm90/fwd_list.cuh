@@ -30,6 +30,13 @@ class BlockList {
     const int shift = tiles_shift(p);
     return (block(tile >> shift) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
   }
+  /// tile_key(), and the tokens that chose the block. Any tile up to tiles().
+  __device__ __forceinline__ int tile(const FwdParams& p, int tile, uint32_t& tokens) const {
+    const int shift = tiles_shift(p);
+    const uint2 entry = entries_[tile >> shift];
+    tokens = entry.y;
+    return (static_cast<int>(entry.x) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
+  }
   /// Tokens of a consumer's 64 rows, as bits of tokens().
   __device__ __forceinline__ static uint32_t consumer_tokens(const FwdParams& p, int consumer) {
     const int tokens = 64 >> p.log2_group, first = consumer * tokens;
@@ -114,6 +121,34 @@ class BlockList {
   int* count_;
   uint2* entries_;
   uint32_t* keys_;
+};
+
+/// Walks the tiles of a list that some of `tokens` chose. A warp, 32 tiles at a time.
+class WantedTiles {
+ public:
+  __device__ __forceinline__ WantedTiles(const BlockList& list, const FwdParams& p, uint32_t tokens)
+      : list_(list), tokens_(tokens), tiles_(list.tiles(p)), shift_(BlockList::tiles_shift(p)) {}
+
+  /// The next one; tiles() of the list when there is none.
+  __device__ __forceinline__ int next() {
+    while (wanted_ == 0) {
+      base_ += 32;
+      if (base_ >= tiles_) return tiles_;
+      const int tile = base_ + static_cast<int>(threadIdx.x % 32);
+      const bool wants = tile < tiles_ && (list_.tokens(tile >> shift_) & tokens_);
+      wanted_ = __ballot_sync(0xffffffffu, wants);
+    }
+    const int bit = __ffs(wanted_) - 1;
+    wanted_ &= wanted_ - 1;
+    return base_ + bit;
+  }
+
+ private:
+  const BlockList& list_;
+  const uint32_t tokens_;
+  const int tiles_, shift_;
+  int base_ = -32;
+  uint32_t wanted_ = 0;
 };
 
 }  // namespace nsa::cuda::sm90

@@ -12,7 +12,7 @@ template <class Shape>
 class Ranker {
   using Block = FwdBlock<Shape>;
   static constexpr int kTokensOfWarp = 2;  // at a time
-  using Lists = BestBlocks<kTokensOfWarp>;
+  using Best = BestBlocks<kTokensOfWarp>;
 
   /// Up to 16 rows of a token and tile, on their way through shared memory.
   struct Chunk {
@@ -21,16 +21,10 @@ class Ranker {
   };
   static constexpr int kChunks = 2;  // of a token: one is read, one underway
 
-  /// A block that may belong to a list.
-  struct Candidate {
-    float score;
-    int block;
-  };
-
  public:
   struct Smem {
     Chunk chunks[kRankingWarps][kChunks][kTokensOfWarp];
-    Candidate candidates[kRankingWarps][kTokensOfWarp][32];
+    typename Best::Memory best[kRankingWarps];
     float minus_lse[kScoreBuffers][BlockScores::kRows];  // base two; -inf: a row without weight
     Job jobs[kRankingWarps];                             // there are no registers to keep them in
   };
@@ -109,10 +103,11 @@ class Ranker {
   __device__ __forceinline__ int lane_block() const {
     return (lane_ & 24) + lane_ % 4 * 2 + lane_ / 4 % 2;
   }
-  /// Where a token's scores are once they are summed: over its first rows, by lanes.
-  __device__ __forceinline__ float& sum(const BlockScores& scores, int tile, int row) const {
+  /// Where the summed score of a tile's block is: over the token's first rows.
+  __device__ __forceinline__ float& sum(const BlockScores& scores, int tile, int row,
+                                        int block) const {
     static_assert(4 * BlockScores::kRowBytes >= 32 * sizeof(float));
-    return reinterpret_cast<float*>(scores.row(tile, row))[lane_];
+    return reinterpret_cast<float*>(scores.row(tile, row))[block];
   }
 
   /// The tokens that a warp ranks together.
@@ -126,29 +121,28 @@ class Ranker {
   __device__ __forceinline__ void rank(const Job& job, int first) const {
     const int tiles = Range(p_, job).template tiles<Shape>();
     const BlockScores scores(block_.args, at_.slot);
-    Lists lists(lane_);
+    Best best(smem_.best[warp_], lane_);
     Tokens tokens;
 #pragma unroll
     for (int i = 0; i < kTokensOfWarp; ++i) {
       const int token = first + i * kRankingWarps;
       const Forced forced(p_, job.position(token));
-      lists.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
+      best.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
       tokens.open_end[i] = token < job.tokens ? forced.local : 0;
       tokens.row[i] = min(token, job.tokens - 1) << p_.log2_group;
     }
-    float exceed[kTokensOfWarp];
-    lists.bound(sum_rows(scores, tiles, tokens).score, exceed);
+    best.bound(sum_rows(scores, tiles, tokens).score);
     // Blocks may begin past the last tile, where no compressed token reaches.
     const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
-    list(scores, tiles, max(tiles, last_block / BlockScores::kBlocks + 1), tokens, exceed, lists);
+    choose(scores, tiles, max(tiles, last_block / BlockScores::kBlocks + 1), tokens, best);
     const View<int32_t>& view = p_.block_indices;
 #pragma unroll
     for (int i = 0; i < kTokensOfWarp; ++i) {
       const int token = first + i * kRankingWarps;
       if (token >= job.tokens) break;
-      lists.write(p_, Forced(p_, job.position(token)), i,
-                  view.ptr + job.batch * view.batch + (job.row_q + token) * view.seq +
-                      job.head_kv * view.head);
+      best.write(p_, Forced(p_, job.position(token)), i,
+                 view.ptr + job.batch * view.batch + (job.row_q + token) * view.seq +
+                     job.head_kv * view.head);
     }
   }
 
@@ -158,7 +152,7 @@ class Ranker {
   }
 
   struct Most {
-    float score[kTokensOfWarp];
+    int score[kTokensOfWarp];
   };
   /// Sums the rows of each token, into its first. Returns the best that this lane has seen.
   __device__ __forceinline__ Most sum_rows(const BlockScores& scores, int tiles,
@@ -166,7 +160,7 @@ class Ranker {
     Chunk(&chunks)[kChunks][kTokensOfWarp] = smem_.chunks[warp_];
     Most most;
 #pragma unroll
-    for (int i = 0; i < kTokensOfWarp; ++i) most.score[i] = Lists::kAbsent;
+    for (int i = 0; i < kTokensOfWarp; ++i) most.score[i] = kNoScore;
     if (tiles == 0) return most;
     int next_tile = 0, next_share = 0;
     const auto copy_next = [&](int place, int i) {
@@ -200,69 +194,49 @@ class Ranker {
 #pragma unroll
       for (int i = 0; i < kTokensOfWarp; ++i) {
         if (open(tokens, i, tile * BlockScores::kBlocks + lane_block()))
-          most.score[i] = fmaxf(most.score[i], score[i]);
-        if (tokens.open_end[i] > 0) sum(scores, tile, tokens.row[i]) = score[i];
+          most.score[i] = max(most.score[i], score_order(score[i]));
+        if (tokens.open_end[i] > 0) sum(scores, tile, tokens.row[i], lane_block()) = score[i];
       }
     }
     cp_async_wait<0>();  // of a tile that is not there
     return most;
   }
 
-  /// Lists the blocks of `all_tiles` tiles whose scores exceed the bounds; those past `tiles` have
-  /// no score.
-  __device__ __forceinline__ void list(const BlockScores& scores, int tiles, int all_tiles,
-                                       const Tokens& tokens, float (&exceed)[kTokensOfWarp],
-                                       Lists& lists) const {
+  /// Chooses among the blocks of `all_tiles` tiles; those past `tiles` have a score of 0.
+  __device__ __forceinline__ void choose(const BlockScores& scores, int tiles, int all_tiles,
+                                         const Tokens& tokens, Best& best) const {
     constexpr int kBatch = 4;  // tiles at a time: their reads overlap
-    int waiting[kTokensOfWarp] = {};
+    __syncwarp();              // the sums, which other lanes wrote
+    const auto score_of = [&](int tile, int i) {
+      if (!open(tokens, i, tile * BlockScores::kBlocks + lane_)) return kNoScore;
+      return tile < tiles ? score_order(sum(scores, tile, tokens.row[i], lane_)) : 0;
+    };
 #pragma unroll 1
     for (int base = 0; base < all_tiles; base += kBatch) {
-      float score[kBatch][kTokensOfWarp];
+      int score[kBatch][kTokensOfWarp];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
-        for (int i = 0; i < kTokensOfWarp; ++i) {
-          const int tile = base + j;
-          score[j][i] = tile < tiles ? sum(scores, tile, tokens.row[i]) : 0.0f;
-          if (!open(tokens, i, tile * BlockScores::kBlocks + lane_block()))
-            score[j][i] = Lists::kAbsent;
-        }
+        for (int i = 0; i < kTokensOfWarp; ++i) score[j][i] = score_of(base + j, i);
       }
+      if (best.fits(score)) {
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
+        for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
-        for (int i = 0; i < kTokensOfWarp; ++i) {
-          uint32_t better = __ballot_sync(0xffffffffu, score[j][i] > exceed[i]);
-          if (better == 0) continue;
-          if (waiting[i] + __popc(better) > 32) {
-            flush(waiting, lists);
-            lists.raise(exceed);
-            better = __ballot_sync(0xffffffffu, score[j][i] > exceed[i]);
-          }
-          const int place = waiting[i] + __popc(better & ((1u << lane_) - 1));
-          if (better >> lane_ & 1)
-            smem_.candidates[warp_][i][place] = {score[j][i],
-                                                 (base + j) * BlockScores::kBlocks + lane_block()};
-          waiting[i] += __popc(better);
+          for (int i = 0; i < kTokensOfWarp; ++i)
+            best.add(i, score[j][i], (base + j) * BlockScores::kBlocks + lane_);
+        }
+      } else {
+#pragma unroll 1
+        for (int tile = base; tile < base + kBatch; ++tile) {
+          best.shrink();
+#pragma unroll
+          for (int i = 0; i < kTokensOfWarp; ++i)
+            best.add(i, score_of(tile, i), tile * BlockScores::kBlocks + lane_);
         }
       }
     }
-    flush(waiting, lists);
-  }
-  /// Merges the candidates that wait into the lists.
-  __device__ __forceinline__ void flush(int (&waiting)[kTokensOfWarp], Lists& lists) const {
-    float score[kTokensOfWarp];
-    int block[kTokensOfWarp];
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kTokensOfWarp; ++i) {
-      const Candidate candidate = smem_.candidates[warp_][i][lane_];
-      score[i] = lane_ < waiting[i] ? candidate.score : Lists::kAbsent;
-      block[i] = candidate.block;
-      waiting[i] = 0;
-    }
-    __syncwarp();  // their places are free
-    lists.merge(score, block);
+    best.shrink();
   }
 
   const Block& block_;
