@@ -35,11 +35,6 @@ struct OnlineRow {
     sum *= factor;
     return factor;
   }
-  /// The same, but keeps a maximum that is exceeded by a factor of less than 2^8 in the
-  /// exponentials: most factors are then 1.
-  __device__ __forceinline__ float raise_lazily(float new_max, float scale_log2, float& reference) {
-    return raise((new_max - max) * scale_log2 > 8.0f ? new_max : max, scale_log2, reference);
-  }
   /// What to subtract from scaled scores in the exponent: the scaled maximum, 0 where the row has
   /// seen nothing.
   __device__ __forceinline__ float reference(float scale_log2) const {

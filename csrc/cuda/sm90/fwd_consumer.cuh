@@ -185,7 +185,7 @@ class Consumer {
     for (int half = 0; half < 2; ++half) {
       float reference, sum = 0.0f;
       most[half] = row_max(s, half);
-      factor[half] = stats[half].raise_lazily(most[half], p.scale_log2, reference);
+      factor[half] = stats[half].raise(most[half], p.scale_log2, reference);
 #pragma unroll
       for (int i = 0; i < kScores / 4; ++i) {
 #pragma unroll
@@ -211,7 +211,6 @@ class Consumer {
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.0f;
   }
   static __device__ __forceinline__ void rescale(float (&o)[kOutputs], const float (&factor)[2]) {
-    if (__all_sync(0xffffffffu, factor[0] == 1.0f && factor[1] == 1.0f)) return;
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] *= factor[i / 2 % 2];
   }
