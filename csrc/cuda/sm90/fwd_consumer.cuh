@@ -89,7 +89,7 @@ class Consumer {
     at_.advance(block_.args.stages);
     return at;
   }
-  /// The next K of a list; its V is in the slot after it.
+  /// The next K of a list; its V is in the slot after it, and there when the K's barrier says so.
   __device__ __forceinline__ Cursor take_pair() {
     const Cursor at = at_;
     ++at_.slot;
@@ -106,7 +106,6 @@ class Consumer {
     for (int i = 0; i < pairs; ++i) {
       const Cursor k = take_pair(), v = value_of(k);
       wait_full(k);
-      wait_full(v);
       release(k);
       release(v);
     }
@@ -322,7 +321,6 @@ class Consumer {
 #pragma unroll
         for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
       }
-      wait_full(v);
       wgmma_fence();
       issue_output(o, packed, keys + Shape::kTileBytes);
       at = look_at(blocks, rows, wanted.next());  // beside the product

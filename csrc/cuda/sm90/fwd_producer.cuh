@@ -24,7 +24,7 @@ class Producer {
         Block::wait_full(block_.barriers.list_full, list_);
         const BlockList blocks(block_.extra(), block_.p.sort_size, list_.slot);
         const int tiles = blocks.tiles(block_.p);
-        for (int i = 0; i < 2 * tiles; ++i) load(job, i % 2, blocks.tile_key(block_.p, i / 2));
+        for (int i = 0; i < tiles; ++i) load_pair(job, blocks.tile_key(block_.p, i));
         Block::arrive(block_.barriers.list_empty, list_);
         list_.advance(kListBuffers);
       } else {
@@ -57,27 +57,45 @@ class Producer {
  private:
   /// A tile of K or V.
   __device__ __forceinline__ void load(const Job& job, bool value, int key) {
-    constexpr int kMost = (Shape::kDimQk > Shape::kDimV ? Shape::kDimQk : Shape::kDimV) / 64;
     const int panels = (value ? Shape::kDimV : Shape::kDimQk) / 64;
-    const CUtensorMap* map = value ? &block_.args.v : &block_.args.k;
     Block::wait_empty(block_.barriers.empty, at_);
+    const uint32_t full = uniform(smem_addr(&block_.barriers.full[at_.slot]));
+    if (threadIdx.x == 0) mbarrier_arrive_expect(full, panels * Shape::kPanelBytes);
+    copy(job, value, key, panels, full);
+    at_.advance(block_.args.stages);
+  }
+
+  /// A K and its V, with one `full` barrier for both: the K's.
+  __device__ __forceinline__ void load_pair(const Job& job, int key) {
+    constexpr int kKPanels = Shape::kDimQk / 64, kVPanels = Shape::kDimV / 64;
+    const uint32_t full = uniform(smem_addr(&block_.barriers.full[at_.slot]));
+    Block::wait_empty(block_.barriers.empty, at_);
+    if (threadIdx.x == 0) mbarrier_arrive_expect(full, (kKPanels + kVPanels) * Shape::kPanelBytes);
+    copy(job, false, key, kKPanels, full);
+    at_.advance(block_.args.stages);
+    Block::wait_empty(block_.barriers.empty, at_);
+    copy(job, true, key, kVPanels, full);
+    at_.advance(block_.args.stages);
+  }
+
+  /// Copies a tile to the cursor's slot.
+  __device__ __forceinline__ void copy(const Job& job, bool value, int key, int panels,
+                                       uint32_t full) const {
+    constexpr int kMost = (Shape::kDimQk > Shape::kDimV ? Shape::kDimQk : Shape::kDimV) / 64;
+    const CUtensorMap* map = value ? &block_.args.v : &block_.args.k;
     // In uniform registers, where the copies want them: a thread by itself takes 50 instructions to
     // bring the arguments of each copy there.
-    const uint32_t bar = uniform(smem_addr(&block_.barriers.full[at_.slot]));
     const uint32_t dst = uniform(block_.tile(at_));
     const int row = uniform(static_cast<int>(job.row_k) + key);
     const int head = uniform(job.head_kv), batch = uniform(job.batch);
-    if (threadIdx.x == 0) {
-      mbarrier_arrive_expect(bar, panels * Shape::kPanelBytes);
+    if (threadIdx.x != 0) return;
 #pragma unroll
-      for (int panel = 0; panel < kMost; ++panel)
-        if (panel < panels)
+    for (int panel = 0; panel < kMost; ++panel)
+      if (panel < panels)
 #pragma unroll
-          for (int k = 0; k < Shape::kQuarters; ++k)
-            tma_load(dst + panel * Shape::kPanelBytes + k * (Shape::kPanelBytes / Shape::kQuarters),
-                     map, bar, panel * 64, head, row + k, batch);
-    }
-    at_.advance(block_.args.stages);
+        for (int k = 0; k < Shape::kQuarters; ++k)
+          tma_load(dst + panel * Shape::kPanelBytes + k * (Shape::kPanelBytes / Shape::kQuarters),
+                   map, full, panel * 64, head, row + k, batch);
   }
 
   const Block& block_;
