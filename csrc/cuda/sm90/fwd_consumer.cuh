@@ -1,6 +1,7 @@
 // A consumer warpgroup: 64 query rows, from the scores to the output, with wgmma.
 #pragma once
 
+#include "cuda/device/pdl.cuh"
 #include "cuda/device/softmax.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/sm90/fwd_block.cuh"
@@ -57,9 +58,11 @@ class Consumer {
       named_barrier_sync(1 + consumer_, 128);
       request_q(index);
       // The window, last of a full call, reads what the others wrote.
+      if (kWalk == Walk::kRange) wait_for_previous();
       constexpr int kBatch = kWalk == Walk::kRange ? Shape::kDimV / 32 : 1;
       write_rows<T, Shape::kDimV, kBatch>(p, job, row, o, stats);
     }
+    wait_for_previous();
   }
 
  private:

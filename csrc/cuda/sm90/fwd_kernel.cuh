@@ -3,6 +3,7 @@
 // blocks.
 #pragma once
 
+#include "cuda/device/pdl.cuh"
 #include "cuda/sm90/fwd_consumer.cuh"
 #include "cuda/sm90/fwd_producer.cuh"
 #include "cuda/sm90/fwd_ranker.cuh"
@@ -14,6 +15,10 @@ __device__ __forceinline__ void run_block(const FwdArgs& args, char* smem) {
   const FwdBlock<Shape> block(args, smem);
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
+  // The next branch may start where multiprocessors have nothing left to do. A list needs what was
+  // ranked; a range needs nothing of the branch before until it stores.
+  launch_dependents();
+  if (Shape::kWalk != Walk::kRange) wait_for_previous();
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     lower_registers<Shape::kProducerRegisters>();

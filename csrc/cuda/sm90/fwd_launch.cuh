@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/common.h"
+#include "cuda/device/pdl.cuh"
 #include "cuda/sm90/fwd.h"
 #include "cuda/sm90/fwd_kernel.cuh"
 #include "cuda/sm90/tensor_map.h"
@@ -78,8 +79,13 @@ void launch_shape(const AttnShape& shape, const FwdParams& params, void* workspa
 
   args.score_tiles = BlockScores::tiles(p);
   const unsigned blocks = grid_size(std::min<int64_t>(args.jobs, multiprocessor_count()));
-  launch_kernel(fwd_kernel<Shape>, "sm90::fwd_kernel", blocks, Shape::kThreads, bytes, stream,
-                args);
+  // With an output of this call before it, a range runs beside that branch's end.
+  if (Shape::kWalk == Walk::kList || (Shape::kWalk == Walk::kRange && p.earlier[0].ptr))
+    launch_overlapping(fwd_kernel<Shape>, "sm90::fwd_kernel", blocks, Shape::kThreads, bytes,
+                       stream, args);
+  else
+    launch_kernel(fwd_kernel<Shape>, "sm90::fwd_kernel", blocks, Shape::kThreads, bytes, stream,
+                  args);
 }
 
 template <class T, int kDk, int kDv>
