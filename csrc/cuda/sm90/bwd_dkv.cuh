@@ -10,7 +10,8 @@
 // end.
 //
 // Barriers: `full` of a slot takes the three producer warps, their copies, and the bytes of Q and
-// dO; `empty` a warp each of the warpgroups that read the slot.
+// dO; `empty` the consumers' warps, those that only pass over the tile too: who waits two phases
+// ahead of a barrier, or behind it, does not see its own.
 #pragma once
 
 #include "cuda/sm90/bwd_rows.cuh"
@@ -65,7 +66,7 @@ class DkvKernel {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
         mbarrier_init(smem_addr(&smem_.full[i]), kRowArrivals);
-        mbarrier_init(smem_addr(&smem_.empty[i]), (Shape::kList ? 4 : 8) * kWarpArrivals);
+        mbarrier_init(smem_addr(&smem_.empty[i]), 8 * kWarpArrivals);
       }
       mbarrier_init(smem_addr(&smem_.keys_full), 1);
       fence_barrier_init();
@@ -128,7 +129,7 @@ class DkvKernel {
       const RowWalk walk(launch_, task_);
       total = walk.tiles;
       if constexpr (Shape::kList) {
-        first = consumer;
+        first = min(consumer, total);
         count = (total + 1 - consumer) / 2;
       } else {
         const QueryRange seen = queries_of(consumer);
@@ -138,11 +139,7 @@ class DkvKernel {
       }
     }
     Position at;
-    if constexpr (Shape::kList) {
-      if (consumer == 1) at.advance();
-    } else {
-      pass_over(first, at);
-    }
+    pass_over(first, at);
     float dk[kDimQk / 2], dv[kDimV / 2];
 #pragma unroll
     for (int i = 0; i < kDimQk / 2; ++i) dk[i] = 0.0f;
@@ -152,11 +149,8 @@ class DkvKernel {
     pin(dv);
     mbarrier_wait(smem_addr(&smem_.keys_full), 0);
     if (count > 0) walk_tiles(consumer, count, at, dk, dv);
-    if constexpr (Shape::kList) {
-      add_up(consumer, dk, dv);
-    } else {
-      pass_over(total - first - count, at);
-    }
+    pass_over(total - first - (Shape::kList ? max(2 * count - 1, 0) : count), at);
+    if constexpr (Shape::kList) add_up(consumer, dk, dv);
 
     // With lists each warpgroup holds one of the sums.
     const Sequence sequence = load_sequence(p_.shape, task_.batch);
@@ -229,7 +223,7 @@ class DkvKernel {
       }
       previous_slot = at.slot;
       at.advance();
-      if (Shape::kList) at.advance();
+      if (Shape::kList && i + 1 < count) pass_over(1, at);
     }
     wgmma_fence();
     issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
