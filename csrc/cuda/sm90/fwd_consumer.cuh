@@ -179,34 +179,50 @@ class Consumer {
     }
   }
 
-  /// Online softmax of one tile: s becomes exponentials; gives the factors for what came before,
-  /// and the tile's own maxima.
-  __device__ __forceinline__ void exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
+  /// Online softmax of one tile: s becomes exponentials. Where that raises the reference of some
+  /// row of the warp, returns true and gives the factors for what came before. The reference is a
+  /// maximum that may be exceeded by 2^8 in the exponentials: it is raised a few times in a row's
+  /// walk, and most tiles need neither the maximum of a whole row nor a multiplication of what came
+  /// before. kRank: gives the rows' maxima in the tile.
+  __device__ __forceinline__ bool exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
                                                float (&factor)[2], float (&most)[2]) const {
+    bool holds = true;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float reference, sum = 0.0f;
-      most[half] = row_max(s, half);
-      factor[half] = stats[half].raise(most[half], p.scale_log2, reference);
+      most[half] = lane_max(s, half);
+      holds = holds && stats[half].holds(most[half], p.scale_log2);
+      if (kWalk == Walk::kRank) most[half] = quad_max(most[half]);
+    }
+    const bool raised = __any_sync(0xffffffffu, !holds);
+    if (raised) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float unused;
+        factor[half] = stats[half].raise(quad_max(most[half]), p.scale_log2, unused);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float reference = stats[half].reference(p.scale_log2);
 #pragma unroll
       for (int i = 0; i < kScores / 4; ++i) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[4 * i + 2 * half + c];
           x = exp2_approx(fmaf(x, p.scale_log2, -reference));
-          sum += x;
+          stats[half].sum += x;
         }
       }
-      stats[half].sum += sum;
     }
+    return raised;
   }
-  /// The maximum of each row of a tile, over the quad.
-  static __device__ __forceinline__ float row_max(const float (&s)[kScores], int half) {
+  /// The maximum of a row of a tile, of what this lane has of it.
+  static __device__ __forceinline__ float lane_max(const float (&s)[kScores], int half) {
     float most = s[2 * half];
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i)
       most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-    return quad_max(most);
+    return most;
   }
   static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
 #pragma unroll
@@ -223,15 +239,15 @@ class Consumer {
   }
 
   /// Walks `tiles` tiles of K and V. `softmax(s, j, factor)` turns the scores of tile j into
-  /// weights and gives the factors of what came before. The scores of a tile are computed while the
-  /// weights of the one before meet their V.
+  /// weights, and returns whether what came before is to be multiplied by the factors. The scores
+  /// of a tile are computed while the weights of the one before meet their V.
   template <class Softmax>
   __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs],
                                              const Softmax& softmax) {
     float s[kScores], factor[2];
     uint32_t packed[kScores / 2];
     compute_scores(s, take());
-    softmax(s, 0, factor);
+    softmax(s, 0, factor);  // nothing came before
     pack(s, packed);
     for (int j = 1; j < tiles; ++j) {
       const Cursor k = take(), v = take();
@@ -243,11 +259,11 @@ class Consumer {
       wgmma_wait<1>();
       pin(s);
       release(k);
-      softmax(s, j, factor);
+      const bool raised = softmax(s, j, factor);
       wgmma_wait<0>();
       pin(o);
       release(v);
-      rescale(o, factor);
+      if (raised) rescale(o, factor);
       pack(s, packed);
     }
     const Cursor last = take();
@@ -270,7 +286,7 @@ class Consumer {
       float unused[2];
       const int key = range.begin + j * kTileKeys;
       mask_range(s, rows, key, lo - key, hi - key);
-      exponentials(s, stats, factor, unused);
+      return exponentials(s, stats, factor, unused);
     });
   }
 
@@ -317,8 +333,7 @@ class Consumer {
       if (__any_sync(0xffffffffu, max(at.hi[0], at.hi[1]) > at.key)) {
         float factor[2], unused[2];
         mask(s, at.hi, at.key);
-        exponentials(s, stats, factor, unused);
-        rescale(o, factor);
+        if (exponentials(s, stats, factor, unused)) rescale(o, factor);
         pack(s, packed);
       } else {  // another warp's token chose the block
 #pragma unroll
@@ -346,10 +361,12 @@ class Consumer {
     const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
       float most[2];
       mask(s, rows.hi, j * kTileKeys);
-      exponentials(s, stats, factor, most);
+      const bool raised = exponentials(s, stats, factor, most);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) carried[half] *= factor[half];
+      for (int half = 0; half < 2; ++half)
+        if (raised) carried[half] *= factor[half];
       leave_scores(s, j, stats, most, carried);
+      return raised;
     };
     if (p.has_output) {
       if (tiles > 0) walk_pairs(tiles, o, softmax);
