@@ -210,7 +210,7 @@ class Consumer {
         for (int c = 0; c < 2; ++c) {
           float& x = s[4 * i + 2 * half + c];
           x = exp2_approx(fmaf(x, p.scale_log2, -reference));
-          stats[half].sum += x;
+          if (kWalk != Walk::kRank) stats[half].sum += x;  // else leave_scores does
         }
       }
     }
@@ -385,9 +385,10 @@ class Consumer {
   /// What each row's head adds to the importance of a tile's blocks, relative to the row's
   /// greatest share in the tile. Lane c of a quad has the four compressed tokens that begin in each
   /// of the blocks 8 i + 2 c and 8 i + 2 c + 1; the one that reaches into a block from before may
-  /// be another lane's. Lane 3 carries the tile's last one over to the next tile.
+  /// be another lane's. Lane 3 carries the tile's last one over to the next tile. Adds the
+  /// exponentials up on the way.
   __device__ __forceinline__ void leave_scores(const float (&s)[kScores], int tile,
-                                               const OnlineRow (&stats)[2], const float (&most)[2],
+                                               OnlineRow (&stats)[2], const float (&most)[2],
                                                float (&carried)[2]) const {
     const BlockScores scores(block_.args, scores_at_.slot);
     const int quad_lane = lane_ % 4, row = warp_ * 16 + lane_ / 4;
@@ -407,7 +408,9 @@ class Consumer {
       for (int i = 0; i < 4; ++i) {
         const auto token = [&](int k, int b) { return s[4 * (i + 4 * k) + 2 * half + b]; };
         const auto inside = [&](int b) {
-          return fmaf(reach, token(0, b) + token(1, b) + token(2, b), token(3, b));
+          const float first = token(0, b) + token(1, b) + token(2, b);
+          stats[half].sum += first + token(3, b);
+          return fmaf(reach, first, token(3, b));
         };
         const float sent = quad_lane == 3 ? carried[half] : token(3, 1);
         const float before = __shfl_sync(0xffffffffu, sent, (lane_ & ~3) | ((lane_ + 3) & 3));
