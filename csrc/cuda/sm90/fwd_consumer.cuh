@@ -26,7 +26,7 @@ class Consumer {
         consumer_(consumer),
         warp_(consumer * 4 + threadIdx.x % 128 / 32),
         lane_(threadIdx.x % 32),
-        q_(block.q_tile(consumer)) {}
+        q_(uniform(block.q_tile(consumer))) {}
 
   __device__ void run() {
     int64_t index = Block::before_first_job();
@@ -38,8 +38,9 @@ class Consumer {
       const int row = warp_ * 16 + lane_ / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        rows.token[half] = (row + 8 * half) >> p.log2_group;
-        const int t = job.position(min(rows.token[half], job.tokens - 1));
+        const int token = (row + 8 * half) >> p.log2_group;
+        rows.bit[half] = token < 32 ? 1u << token : 0;
+        const int t = job.position(min(token, job.tokens - 1));
         Range::visible(p, t, rows.lo[half], rows.hi[half]);
       }
       if constexpr (kWalk == Walk::kRange) prefetch_rows<T, Shape::kDimV>(p, job, row);
@@ -68,7 +69,8 @@ class Consumer {
  private:
   /// What a thread of a consumer warpgroup knows of its two rows, g and g + 8 of its warp.
   struct Rows {
-    int token[2], lo[2], hi[2];
+    uint32_t bit[2];   // of their tokens, in lists
+    int lo[2], hi[2];  // keys that they see
   };
 
   /// Loads Q of the job after `index`.
@@ -120,7 +122,9 @@ class Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t tile) const {
-    const uint64_t q = desc_k_major(uniform(q_)), keys = desc_k_major(tile);
+    // kRank has no register to keep it in.
+    const uint32_t rows = kWalk == Walk::kRank ? uniform(block_.q_tile(consumer_)) : q_;
+    const uint64_t q = desc_k_major(rows), keys = desc_k_major(tile);
 #pragma unroll
     for (int k = 0; k < Shape::kDimQk / 16; ++k)
       wgmma_ss<T, kTileKeys>(s, q + (k / 4 * 8192 + k % 4 * 32) / 16,
@@ -299,11 +303,10 @@ class Consumer {
                                               int tile) const {
     const int keys = min(kTileKeys, p.config.select_size);
     uint32_t chosen_by;
-    ListTile next{tile, blocks.tile(p, tile, chosen_by)};
+    ListTile next{tile, blocks.tile(tile, chosen_by)};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool chosen = rows.token[half] < 32 && (chosen_by >> rows.token[half] & 1);
-      next.hi[half] = chosen ? min(next.key + keys, rows.hi[half]) : 0;
+      next.hi[half] = chosen_by & rows.bit[half] ? min(next.key + keys, rows.hi[half]) : 0;
     }
     return next;
   }
@@ -312,9 +315,9 @@ class Consumer {
                                             OnlineRow (&stats)[2]) {
     clear(o);
     Block::wait_full(block_.barriers.list_full, list_);
-    const BlockList blocks(block_.extra(), p.sort_size, list_.slot);
-    const int tiles = blocks.tiles(p);
-    WantedTiles wanted(blocks, p, BlockList::consumer_tokens(p, consumer_));
+    const BlockList blocks(p, block_.extra(), list_.slot);
+    const int tiles = blocks.tiles();
+    WantedTiles wanted(blocks, BlockList::consumer_tokens(p, consumer_));
     int walked = 0;  // tiles up to here have been taken from the ring, or skipped
     ListTile at = look_at(blocks, rows, wanted.next());
     while (at.tile < tiles) {

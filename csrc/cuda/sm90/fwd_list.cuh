@@ -12,39 +12,31 @@ class BlockList {
     return sort_size * 12 + 16;
   }
 
-  __device__ __forceinline__ BlockList(char* smem, int sort_size, int buffer)
-      : count_(reinterpret_cast<int*>(smem + buffer * buffer_bytes(sort_size))),
+  __device__ __forceinline__ BlockList(const FwdParams& p, char* smem, int buffer)
+      : select_shift_(p.select_shift),
+        tiles_shift_(max(0, p.select_shift - 6)),
+        count_(reinterpret_cast<int*>(smem + buffer * buffer_bytes(p.sort_size))),
         entries_(reinterpret_cast<uint2*>(count_ + 4)),
-        keys_(reinterpret_cast<uint32_t*>(entries_ + sort_size)) {}
+        keys_(reinterpret_cast<uint32_t*>(entries_ + p.sort_size)) {}
 
-  __device__ __forceinline__ int count() const { return *count_; }
-  __device__ __forceinline__ int block(int i) const { return static_cast<int>(entries_[i].x); }
-  /// Tiles of 64 keys that a block takes: a block of 32 fills half of one.
-  __device__ __forceinline__ static int tiles_shift(const FwdParams& p) {
-    return max(0, p.select_shift - 6);
-  }
-  __device__ __forceinline__ int tiles(const FwdParams& p) const {
-    return count() << tiles_shift(p);
-  }
-  __device__ __forceinline__ int tile_key(const FwdParams& p, int tile) const {
-    const int shift = tiles_shift(p);
-    return (block(tile >> shift) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
-  }
-  /// tile_key(), and the tokens that chose the block. Any tile up to tiles().
-  __device__ __forceinline__ int tile(const FwdParams& p, int tile, uint32_t& tokens) const {
-    const int shift = tiles_shift(p);
-    const uint2 entry = entries_[tile >> shift];
+  /// Tiles of 64 keys: a block of 32 fills half of one, a block of 128 takes two.
+  __device__ __forceinline__ int tiles() const { return *count_ << tiles_shift_; }
+  /// The first key of a tile, and the tokens that chose its block: bit k for token k of the query
+  /// tile. Any tile up to tiles().
+  __device__ __forceinline__ int tile(int tile, uint32_t& tokens) const {
+    const uint2 entry = entries_[tile >> tiles_shift_];
     tokens = entry.y;
-    return (static_cast<int>(entry.x) << p.select_shift) + (tile & ((1 << shift) - 1)) * 64;
+    return static_cast<int>(entry.x) + (tile & ((1 << tiles_shift_) - 1)) * 64;
   }
-  /// Tokens of a consumer's 64 rows, as bits of tokens().
+  __device__ __forceinline__ uint32_t tokens(int tile) const {
+    return entries_[tile >> tiles_shift_].y;
+  }
+  /// The bits of the tokens of a consumer's 64 rows.
   __device__ __forceinline__ static uint32_t consumer_tokens(const FwdParams& p, int consumer) {
     const int tokens = 64 >> p.log2_group, first = consumer * tokens;
     if (first >= 32) return 0;
     return (tokens < 32 ? (1u << tokens) - 1 : ~0u) << first;
   }
-  /// Bit k: token k of the tile chose it.
-  __device__ __forceinline__ uint32_t tokens(int i) const { return entries_[i].y; }
 
   /// Called by kThreads threads, whole warps; complete when all have returned, of which the first
   /// warp is the last. All readers of what the buffer held, those who built it too, are done.
@@ -109,7 +101,7 @@ class BlockList {
       const bool valid = key != ~0u, head = valid && block != before;
       const uint32_t heads = __ballot_sync(0xffffffffu, head);
       const int entry = merged + __popc(heads & (0xffffffffu >> (31 - lane))) - 1;
-      if (head) entries_[entry] = make_uint2(block, 0);
+      if (head) entries_[entry] = make_uint2(block << select_shift_, 0);
       __syncwarp();
       if (valid) atomicOr(&entries_[entry].y, 1u << (key & 31));
       merged += __popc(heads);
@@ -118,16 +110,17 @@ class BlockList {
     if (lane == 0) *count_ = merged;
   }
 
+  const int select_shift_, tiles_shift_;
   int* count_;
-  uint2* entries_;
+  uint2* entries_;  // first key, tokens
   uint32_t* keys_;
 };
 
 /// Walks the tiles of a list that some of `tokens` chose. A warp, 32 tiles at a time.
 class WantedTiles {
  public:
-  __device__ __forceinline__ WantedTiles(const BlockList& list, const FwdParams& p, uint32_t tokens)
-      : list_(list), tokens_(tokens), tiles_(list.tiles(p)), shift_(BlockList::tiles_shift(p)) {}
+  __device__ __forceinline__ WantedTiles(const BlockList& list, uint32_t tokens)
+      : list_(list), tokens_(tokens), tiles_(list.tiles()) {}
 
   /// The next one; tiles() of the list when there is none.
   __device__ __forceinline__ int next() {
@@ -135,7 +128,7 @@ class WantedTiles {
       base_ += 32;
       if (base_ >= tiles_) return tiles_;
       const int tile = base_ + static_cast<int>(threadIdx.x % 32);
-      const bool wants = tile < tiles_ && (list_.tokens(tile >> shift_) & tokens_);
+      const bool wants = tile < tiles_ && (list_.tokens(tile) & tokens_);
       wanted_ = __ballot_sync(0xffffffffu, wants);
     }
     const int bit = __ffs(wanted_) - 1;
@@ -146,7 +139,7 @@ class WantedTiles {
  private:
   const BlockList& list_;
   const uint32_t tokens_;
-  const int tiles_, shift_;
+  const int tiles_;
   int base_ = -32;
   uint32_t wanted_ = 0;
 };

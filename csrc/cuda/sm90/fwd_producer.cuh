@@ -22,9 +22,12 @@ class Producer {
     while (block_.next_job(index, job)) {
       if constexpr (Shape::kWalk == Walk::kList) {
         Block::wait_full(block_.barriers.list_full, list_);
-        const BlockList blocks(block_.extra(), block_.p.sort_size, list_.slot);
-        const int tiles = blocks.tiles(block_.p);
-        for (int i = 0; i < tiles; ++i) load_pair(job, blocks.tile_key(block_.p, i));
+        const BlockList blocks(block_.p, block_.extra(), list_.slot);
+        const int tiles = blocks.tiles();
+        for (int i = 0; i < tiles; ++i) {
+          uint32_t unused;
+          load_pair(job, blocks.tile(i, unused));
+        }
         Block::arrive(block_.barriers.list_empty, list_);
         list_.advance(kListBuffers);
       } else {
@@ -47,7 +50,7 @@ class Producer {
     int64_t index = Block::before_first_job();
     while (block_.next_job(index, job)) {
       Block::wait_empty(block_.barriers.list_empty, list_);
-      BlockList(block_.extra(), block_.p.sort_size, list_.slot)
+      BlockList(block_.p, block_.extra(), list_.slot)
           .template build<32 * kListWarps>(block_.p, job, threadIdx.x - 32);
       Block::arrive(block_.barriers.list_full, list_);
       list_.advance(kListBuffers);
