@@ -201,8 +201,11 @@ class Consumer {
     if (raised) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        // A row that holds keeps its reference: it depends on nothing but the row.
+        const float row_most = quad_max(most[half]);
+        const bool keeps = stats[half].holds(row_most, p.scale_log2);
         float unused;
-        factor[half] = stats[half].raise(quad_max(most[half]), p.scale_log2, unused);
+        factor[half] = stats[half].raise(keeps ? stats[half].max : row_most, p.scale_log2, unused);
       }
     }
 #pragma unroll
