@@ -119,6 +119,8 @@ class Tensor {
   double flat(int64_t i) const {
     return at(i / dim_ / heads_ / seq_, i / dim_ / heads_ % seq_, i / dim_ % heads_, i % dim_);
   }
+  /// Along the seq axis.
+  int64_t position(int64_t i) const { return i / dim_ / heads_ % seq_; }
   void set_flat(int64_t i, double value) {
     set(i / dim_ / heads_ / seq_, i / dim_ / heads_ % seq_, i / dim_ % heads_, i % dim_, value);
   }

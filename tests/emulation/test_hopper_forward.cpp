@@ -172,32 +172,50 @@ bool near_tie(const std::vector<double>& importance, const int32_t* x, const int
   return least >= most * (1 - 1e-3);
 }
 
-void run(const Case& c) {
-  std::mt19937 random(7);
-  const int64_t compressed =
-      std::max<int64_t>(0, (c.seqlen_k - c.config.block_size) / c.config.block_stride + 1);
-  const Tensor q = normal(random, c, c.seqlen_q, c.heads_q, c.dim_qk, c.spread);
-  Tensor k[2], v[2];
-  for (int raw = 0; raw < 2; ++raw) {
-    const int64_t keys = raw ? c.seqlen_k : compressed;
-    k[raw] = normal(random, c, keys, c.heads_kv, c.dim_qk);
-    v[raw] = normal(random, c, keys, c.heads_kv, c.dim_v);
-  }
-  const Tensor gates = normal(random, c, c.seqlen_q, c.heads_q, 3);
+/// What a call gets: raw and compressed keys and values.
+struct Inputs {
+  Tensor q, k[2], v[2], gates;
 
-  Results hopper, cpu;
-  const AttnFwd call = make_call(c, q, k, v, gates, hopper);
-  nsa::cpu::attn_fwd(make_call(c, q, k, v, gates, cpu), executors::serial());
+  explicit Inputs(const Case& c) {
+    std::mt19937 random(7);
+    q = normal(random, c, c.seqlen_q, c.heads_q, c.dim_qk, c.spread);
+    for (int raw = 0; raw < 2; ++raw) {
+      const int64_t keys = raw ? c.seqlen_k : compressed(c, c.seqlen_k);
+      k[raw] = normal(random, c, keys, c.heads_kv, c.dim_qk);
+      v[raw] = normal(random, c, keys, c.heads_kv, c.dim_v);
+    }
+    gates = normal(random, c, c.seqlen_q, c.heads_q, 3);
+  }
+  /// Compressed tokens of the first `keys` keys.
+  static int64_t compressed(const Case& c, int64_t keys) {
+    return keys < c.config.block_size ? 0
+                                      : (keys - c.config.block_size) / c.config.block_stride + 1;
+  }
+};
+
+/// The Hopper kernels of a call, which rank; other kernels' ranking is given by `ranked`.
+void run_hopper(const Case& c, const Inputs& x, Results& results,
+                const std::vector<int32_t>& ranked) {
+  const AttnFwd call = make_call(c, x.q, x.k, x.v, x.gates, results);
   nsa::cuda::for_each_branch(call, nullptr, [&](const nsa::cuda::FwdParams& branch) {
     nsa::cuda::FwdParams params = branch;
-    if (!nsa::cuda::sm90::fwd_takes(params)) {  // other kernels rank: here those of the CPU
-      hopper.blocks = cpu.blocks;
+    if (!nsa::cuda::sm90::fwd_takes(params)) {
+      results.blocks = ranked;
       params.block_indices.ptr = nullptr;
     }
     std::vector<char> workspace(nsa::cuda::sm90::fwd_workspace(params) + 256, '\xff');  // NaN
     const auto at = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;
     nsa::cuda::sm90::attn_fwd_branch(call.shape, params, reinterpret_cast<void*>(at), nullptr);
   });
+}
+
+void run(const Case& c) {
+  const Inputs inputs(c);
+  const Tensor& q = inputs.q;
+  const Tensor(&k)[2] = inputs.k;
+  Results hopper, cpu;
+  nsa::cpu::attn_fwd(make_call(c, q, k, inputs.v, inputs.gates, cpu), executors::serial());
+  run_hopper(c, inputs, hopper, cpu.blocks);
 
   // Near ties may fall either way; what depends on the selection is compared where it is the same.
   const int64_t n = c.config.num_selected, rows = c.batch * c.seqlen_q * c.heads_kv;
@@ -234,12 +252,70 @@ void run(const Case& c) {
         }
 }
 
+/// Sets the rows from `first` on to others.
+void change(Tensor& x, std::mt19937& random, int64_t first) {
+  std::normal_distribution<double> value(0, 3);
+  for (int64_t i = 0; i < x.size(); ++i)
+    if (x.position(i) >= first) x.set_flat(i, value(random));
+}
+
+/// What a token gets depends, to the last bit, on nothing after it, which rows of the same warp
+/// are.
+void check_causality(const Case& c, int64_t cut) {
+  const Inputs inputs(c);
+  Inputs changed(c);
+  std::mt19937 random(8);
+  const int64_t keys = c.seqlen_k - c.seqlen_q + cut;
+  change(changed.q, random, cut);
+  for (int raw = 0; raw < 2; ++raw) {
+    const int64_t first = raw ? keys : Inputs::compressed(c, keys);
+    change(changed.k[raw], random, first);
+    change(changed.v[raw], random, first);
+  }
+  Results x, y;
+  run_hopper(c, inputs, x, {});
+  run_hopper(c, changed, y, {});
+  int64_t differ = 0, later = 0;
+  const auto compare = [&](const Tensor& a, const Tensor& b) {
+    for (int64_t i = 0; i < a.size(); ++i)
+      (a.position(i) < cut ? differ : later) += a.flat(i) != b.flat(i);
+  };
+  compare(x.out, y.out);
+  for (int b = 0; b < kNumBranches; ++b) {
+    compare(x.branch[b], y.branch[b]);
+    compare(x.lse[b], y.lse[b]);
+  }
+  const int64_t row = c.heads_kv * c.config.num_selected;
+  for (int64_t i = 0; i < static_cast<int64_t>(x.blocks.size()); ++i)
+    differ += i / row % c.seqlen_q < cut && x.blocks[i] != y.blocks[i];
+  CHECK_MESSAGE(differ == 0, std::to_string(differ) + " values changed before the cut");
+  CHECK_MESSAGE(later > 0, "nothing changed behind the cut");
+}
+
 }  // namespace
 
 int main() {
   for (const Case& c : kCases) {
     check::context() = c.name;
     run(c);
+  }
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (int64_t cut : {1, 26, 39, 66}) {
+      check::context() = "nothing after " + std::to_string(cut);
+      check_causality({"",
+                       2,
+                       70,
+                       700,
+                       8,
+                       2,
+                       64,
+                       64,
+                       {32, 16, 64, 6, 1, 2, 130},
+                       Layout::kContiguous,
+                       dtype,
+                       3.0},
+                      cut);
+    }
   }
   return check::report();
 }

@@ -201,11 +201,12 @@ class Consumer {
     if (raised) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // A row that holds keeps its reference: it depends on nothing but the row.
+        // Others' rows change nothing of a row that holds, not even by the rounding of a factor.
         const float row_most = quad_max(most[half]);
-        const bool keeps = stats[half].holds(row_most, p.scale_log2);
+        factor[half] = 1.0f;
         float unused;
-        factor[half] = stats[half].raise(keeps ? stats[half].max : row_most, p.scale_log2, unused);
+        if (!stats[half].holds(row_most, p.scale_log2))
+          factor[half] = stats[half].raise(row_most, p.scale_log2, unused);
       }
     }
 #pragma unroll
