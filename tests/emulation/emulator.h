@@ -133,6 +133,7 @@ inline int __float_as_int(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
+inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(__float_as_int(x)); }
 inline float __uint_as_float(unsigned bits) { return __int_as_float(static_cast<int>(bits)); }
 using std::max;
 using std::min;

@@ -54,6 +54,11 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void store_shared(uint32_t addr, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(value) : "memory");
 }
+__device__ __forceinline__ uint32_t load_shared(uint32_t addr) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(addr) : "memory");
+  return value;
+}
 __device__ __forceinline__ void store_shared_16(uint32_t addr, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(x.x), "r"(x.y), "r"(x.z),
                "r"(x.w)

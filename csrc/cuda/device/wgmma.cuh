@@ -27,12 +27,25 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+/// What this thread wrote to shared memory before is seen by products that are issued after a
+/// barrier.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/// Four 8 x 8 matrices, transposed: lane 8 j + i names where column i of matrix j goes, 16 bytes;
+/// r[j] holds row lane / 4, columns 2 (lane % 4) on.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 /// Operand whose k runs along the rows' 128 bytes (K-major): 64 columns are one panel.
 __device__ __forceinline__ uint64_t desc_k_major(uint32_t addr) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
          ((addr & 0x3ffff) >> 4);
 }
-/// B operand whose k runs over rows (MN-major), its n columns over panels `panel_bytes` apart.
+/// Operand whose k runs over rows (MN-major), its m or n columns over panels `panel_bytes` apart.
 __device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t panel_bytes) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) |
          (static_cast<uint64_t>(panel_bytes >> 4) << 16) | ((addr & 0x3ffff) >> 4);
@@ -46,7 +59,10 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_
 /// free until here.
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_ss_first(float (&d)[kN / 2], uint64_t a, uint64_t b);
-/// The same two with A in registers (the fragment of mma.m16n8k16).
+/// d += A B for one k16 step; both in shared memory, A MN-major, B K-major.
+template <class T, int kN>
+__device__ __forceinline__ void wgmma_ss_mn_major(float (&d)[kN / 2], uint64_t a, uint64_t b);
+/// The first two with A in registers (the fragment of mma.m16n8k16).
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_rs_k_major(float (&d)[kN / 2], const uint32_t* a, uint64_t b);
 template <class T, int kN>
@@ -57,6 +73,7 @@ template <class T, int kN>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, uint64_t b);
 
 #define NSA_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define NSA_ACC8(d) NSA_ACC4(d, 0), NSA_ACC4(d, 4)
 #define NSA_ACC16_AT(d, i) \
   NSA_ACC4(d, i), NSA_ACC4(d, i + 4), NSA_ACC4(d, i + 8), NSA_ACC4(d, i + 12)
 #define NSA_ACC32_AT(d, i) NSA_ACC16_AT(d, i), NSA_ACC16_AT(d, i + 16)
@@ -69,6 +86,7 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
 #define NSA_ACC96(d) NSA_ACC32_AT(d, 0), NSA_ACC32_AT(d, 32), NSA_ACC32_AT(d, 64)
 
 #define NSA_OUT4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
+#define NSA_OUT8(d) NSA_OUT4(d, 0), NSA_OUT4(d, 4)
 #define NSA_OUT16_AT(d, i) \
   NSA_OUT4(d, i), NSA_OUT4(d, i + 4), NSA_OUT4(d, i + 8), NSA_OUT4(d, i + 12)
 #define NSA_OUT32_AT(d, i) NSA_OUT16_AT(d, i), NSA_OUT16_AT(d, i + 16)
@@ -76,6 +94,8 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
 #define NSA_OUT32(d) NSA_OUT32_AT(d, 0)
 #define NSA_OUT64(d) NSA_OUT32_AT(d, 0), NSA_OUT32_AT(d, 32)
 #define NSA_OUT96(d) NSA_OUT32_AT(d, 0), NSA_OUT32_AT(d, 32), NSA_OUT32_AT(d, 64)
+
+#define NSA_D16 "%0, %1, %2, %3, %4, %5, %6, %7"
 
 #define NSA_D32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 
@@ -149,6 +169,18 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
                  : NSA_ACC##R(d)                                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
   }
+#define NSA_DEFINE_WGMMA_MN_MAJOR(T, TYPE, N, R, A, B)                                            \
+  template <>                                                                                     \
+  __device__ __forceinline__ void wgmma_ss_mn_major<T, N>(float (&d)[R], uint64_t a, uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N    \
+                 "}, %" A ", %" B ", 1, 1, 1, 1, 0;"                                              \
+                 : NSA_ACC##R(d)                                                                  \
+                 : "l"(a), "l"(b));                                                               \
+  }
+NSA_DEFINE_WGMMA_MN_MAJOR(bf16, "bf16", 16, 8, "8", "9")
+NSA_DEFINE_WGMMA_MN_MAJOR(__half, "f16", 16, 8, "8", "9")
+NSA_DEFINE_WGMMA(bf16, "bf16", 16, 8, "8", "9", "10", "8", "9", "10", "11", "12")
+NSA_DEFINE_WGMMA(__half, "f16", 16, 8, "8", "9", "10", "8", "9", "10", "11", "12")
 NSA_DEFINE_WGMMA(bf16, "bf16", 32, 16, "16", "17", "18", "16", "17", "18", "19", "20")
 NSA_DEFINE_WGMMA(__half, "f16", 32, 16, "16", "17", "18", "16", "17", "18", "19", "20")
 NSA_DEFINE_WGMMA(bf16, "bf16", 64, 32, "32", "33", "34", "32", "33", "34", "35", "36")
@@ -164,6 +196,8 @@ NSA_DEFINE_WGMMA(__half, "f16", 192, 96, "96", "97", "98", "96", "97", "98", "99
 
 #undef NSA_DEFINE_WGMMA_SS
 #undef NSA_DEFINE_WGMMA
+#undef NSA_DEFINE_WGMMA_MN_MAJOR
+#undef NSA_D16
 #undef NSA_D32
 #undef NSA_D64
 #undef NSA_D128
@@ -173,6 +207,7 @@ NSA_DEFINE_WGMMA(__half, "f16", 192, 96, "96", "97", "98", "96", "97", "98", "99
 #undef NSA_OUT4
 #undef NSA_OUT16_AT
 #undef NSA_OUT32_AT
+#undef NSA_OUT8
 #undef NSA_OUT16
 #undef NSA_OUT32
 #undef NSA_OUT64
@@ -180,6 +215,7 @@ NSA_DEFINE_WGMMA(__half, "f16", 192, 96, "96", "97", "98", "96", "97", "98", "99
 #undef NSA_ACC4
 #undef NSA_ACC16_AT
 #undef NSA_ACC32_AT
+#undef NSA_ACC8
 #undef NSA_ACC16
 #undef NSA_ACC32
 #undef NSA_ACC64

@@ -7,17 +7,20 @@
 //
 // Consumer warpgroups of 64 rows each: what one of them waits for is filled by the others. A warp
 // of the producer warpgroup loads tiles of 64 keys and writes beside each who looks at it: a
-// warpgroup passes over selected blocks that none of its tokens chose. Blocks of threads are
-// persistent: the keys of a block's next query tile are loaded while it works on this one. A
-// warpgroup loads its rows of Q and dO itself, as soon as it is through with those before.
+// warpgroup passes over selected blocks that none of its tokens chose. Selected blocks of which no
+// warpgroup has more than one token come first, with products of their own (bwd_dq_tokens.cuh).
+// Blocks of threads are persistent: the keys of a block's next query tile are loaded while it works
+// on this one. A warpgroup loads its rows of Q and dO itself, as soon as it is through with those
+// before.
 //
-// Barriers: `full` of a slot takes the bytes of K and V, and the note; `empty` the warps that read
-// it; `rows_full` of a warpgroup its rows of Q and dO.
+// Barriers: `k_full` and `v_full` of a slot take the bytes of K and V, and K's the note; `k_empty`
+// and `v_empty` the warps that read it; `rows_full` of a warpgroup its rows of Q and dO.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 
+#include "cuda/sm90/bwd_dq_tokens.cuh"
 #include "cuda/sm90/bwd_tiles.cuh"
 #include "cuda/sm90/fwd_epilogue.cuh"
 
@@ -34,6 +37,8 @@ struct DqLaunch {
 
 /// A tile of up to 64 keys from `key` on.
 struct alignas(16) KeyTile {
+  static constexpr uint32_t kByToken = 1u << 31;  // in count_wanted: one token a consumer at most
+
   int key;
   uint32_t count_wanted;  // keys; from bit 8 on the consumers that look at them,
   uint32_t tokens[2];     // and the tokens of the query tile
@@ -47,25 +52,41 @@ struct DqShape : Registers<dq_consumers(kDimQk_), (kDimQk_ > 128  ? 232
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr int kConsumers = dq_consumers(kDimQk);
   static constexpr int kKBytes = kTileBytes<kDimQk>, kVBytes = kTileBytes<kDimV>;
-  static constexpr int kStageBytes = kKBytes + kVBytes;
-  // What 227 KB hold beside Q and dO.
-  static constexpr int kFitting = (227 * 1024 - 1024 - kConsumers * kStageBytes) / kStageBytes;
-  static constexpr int kStages = kFitting < 8 ? kFitting : 8;
-  static_assert(kStages >= 2);
+  static constexpr int kRowsBytes = kKBytes + kVBytes;
+  // What 227 KB hold beside Q, dO and what dS takes. K is read longer than V, so a slot that is
+  // left over is K's.
+  static constexpr int kFree =
+      227 * 1024 - 1024 - kConsumers * (kRowsBytes + int{sizeof(TokenSmem)});
+  static constexpr int kFitting = kFree / (kKBytes + kVBytes);
+  static constexpr int kVStages = kFitting < 8 ? kFitting : 8;
+  static constexpr int kKStages =
+      kVStages + (kVStages < 8 && kFree - kVStages * (kKBytes + kVBytes) >= kKBytes);
+  static_assert(kVStages >= 3);
 
   struct Smem {
-    alignas(1024) char rows[kConsumers][kStageBytes];  // Q, then dO
-    alignas(1024) char ring[kStages][kStageBytes];     // K, then V
-    KeyTile tiles[kStages];
-    uint64_t full[kStages], empty[kStages], rows_full[kConsumers];
+    alignas(1024) char rows[kConsumers][kRowsBytes];  // Q, then dO
+    alignas(1024) char k[kKStages][kKBytes];
+    alignas(1024) char v[kVStages][kVBytes];
+    TokenSmem tokens[kConsumers];
+    KeyTile tiles[kKStages];
+    uint64_t k_full[kKStages], k_empty[kKStages], v_full[kVStages], v_empty[kVStages];
+    uint64_t rows_full[kConsumers];
   };
+  static_assert(sizeof(Smem) <= 227 * 1024);
 };
 
 template <class Shape>
 class DqKernel {
   using T = typename Shape::T;
   using Smem = typename Shape::Smem;
-  using Position = RingPosition<Shape::kStages>;
+  struct Position {
+    RingPosition<Shape::kKStages> k;
+    RingPosition<Shape::kVStages> v;
+    __device__ __forceinline__ void advance() {
+      k.advance();
+      v.advance();
+    }
+  };
   static constexpr int kDimQk = Shape::kDimQk, kDimV = Shape::kDimV;
   static constexpr int kScores = kRows / 2;
 
@@ -91,9 +112,13 @@ class DqKernel {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(full(i), 1);
-        mbarrier_init(empty(i), 4 * Shape::kConsumers * kWarpArrivals);
+      for (int i = 0; i < Shape::kKStages; ++i) {
+        mbarrier_init(place(offsetof(Smem, k_full), 8, i), 1);
+        mbarrier_init(place(offsetof(Smem, k_empty), 8, i), kReaders);
+      }
+      for (int i = 0; i < Shape::kVStages; ++i) {
+        mbarrier_init(place(offsetof(Smem, v_full), 8, i), 1);
+        mbarrier_init(place(offsetof(Smem, v_empty), 8, i), kReaders);
       }
       for (int i = 0; i < Shape::kConsumers; ++i) mbarrier_init(rows_full(i), 1);
       fence_barrier_init();
@@ -109,24 +134,31 @@ class DqKernel {
   }
 
  private:
+  static constexpr int kReaders = 4 * Shape::kConsumers * kWarpArrivals;
+
   // Where things are in shared memory.
+  __device__ __forceinline__ uint32_t place(uint32_t array, uint32_t size, int i) const {
+    return smem_ + array + i * size;
+  }
   __device__ __forceinline__ uint32_t rows_tile(int consumer) const {
-    return smem_ + offsetof(Smem, rows) + consumer * Shape::kStageBytes;
-  }
-  __device__ __forceinline__ uint32_t ring(int slot) const {
-    return smem_ + offsetof(Smem, ring) + slot * Shape::kStageBytes;
-  }
-  __device__ __forceinline__ uint32_t note(int slot) const {
-    return smem_ + offsetof(Smem, tiles) + slot * sizeof(KeyTile);
-  }
-  __device__ __forceinline__ uint32_t full(int slot) const {
-    return smem_ + offsetof(Smem, full) + slot * 8;
-  }
-  __device__ __forceinline__ uint32_t empty(int slot) const {
-    return smem_ + offsetof(Smem, empty) + slot * 8;
+    return place(offsetof(Smem, rows), Shape::kRowsBytes, consumer);
   }
   __device__ __forceinline__ uint32_t rows_full(int consumer) const {
-    return smem_ + offsetof(Smem, rows_full) + consumer * 8;
+    return place(offsetof(Smem, rows_full), 8, consumer);
+  }
+  __device__ __forceinline__ uint32_t note(const Position& at) const {
+    return place(offsetof(Smem, tiles), sizeof(KeyTile), at.k.slot);
+  }
+  __device__ __forceinline__ KeySlot slot(const Position& at) const {
+    const int k = uniform(at.k.slot), v = uniform(at.v.slot);
+    return {place(offsetof(Smem, k), Shape::kKBytes, k),
+            place(offsetof(Smem, v), Shape::kVBytes, v),
+            place(offsetof(Smem, k_full), 8, k),
+            place(offsetof(Smem, k_empty), 8, k),
+            place(offsetof(Smem, v_full), 8, v),
+            place(offsetof(Smem, v_empty), 8, v),
+            at.k.parity,
+            at.v.parity};
   }
 
   /// Query tile i. One kv head at a time across the grid, so that its K and V stay in L2; long rows
@@ -188,77 +220,99 @@ class DqKernel {
   /// A warp, by its first lane: a tile of keys into the ring.
   __device__ __forceinline__ void load_tile(const KeySource& source, const KeyTile& tile,
                                             Position& at) {
-    const int slot = uniform(at.slot), row = source.first + uniform(tile.key);
-    const uint32_t bar = full(slot), dst = ring(slot);
+    const int row = source.first + uniform(tile.key);
+    const KeySlot to = slot(at);
     if (threadIdx.x == 0) {
-      mbarrier_wait(empty(slot), at.parity ^ 1);
-      store_shared_16(note(slot), make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted,
-                                             tile.tokens[0], tile.tokens[1]));
-      mbarrier_arrive_expect(bar, Shape::kStageBytes);
+      mbarrier_wait(to.k_empty, to.k_parity ^ 1);
+      store_shared_16(note(at), make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted,
+                                           tile.tokens[0], tile.tokens[1]));
+      mbarrier_arrive_expect(to.k_full, Shape::kKBytes);
 #pragma unroll
       for (int panel = 0; panel < kDimQk / 64; ++panel)
-        tma_load(dst + panel * kPanelBytes, source.k, bar, panel * 64, source.head, row,
+        tma_load(to.k + panel * kPanelBytes, source.k, to.k_full, panel * 64, source.head, row,
                  source.batch);
+      mbarrier_wait(to.v_empty, to.v_parity ^ 1);
+      mbarrier_arrive_expect(to.v_full, Shape::kVBytes);
 #pragma unroll
       for (int panel = 0; panel < kDimV / 64; ++panel)
-        tma_load(dst + Shape::kKBytes + panel * kPanelBytes, source.v, bar, panel * 64, source.head,
-                 row, source.batch);
+        tma_load(to.v + panel * kPanelBytes, source.v, to.v_full, panel * 64, source.head, row,
+                 source.batch);
     }
     __syncwarp();
     at.advance();
   }
 
-  /// The consumers that have one of these tokens of the query tile.
-  __device__ __forceinline__ uint32_t consumers_of(const uint32_t (&tokens)[2]) const {
-    const int count = consumer_tokens();
-    uint32_t wanted = 0;
+  /// The tokens of a consumer among these of the query tile.
+  __device__ __forceinline__ uint64_t tokens_of(int consumer, const uint32_t (&tokens)[2]) const {
+    const int count = consumer_tokens(), first = consumer * count;
+    if (first >= kMaxTileTokens) return 0;
+    const uint64_t all = static_cast<uint64_t>(tokens[1]) << 32 | tokens[0];
+    return all >> first & ~uint64_t{0} >> (64 - count);
+  }
+
+  /// One warp: the selected blocks that are done token by token, or the others. Consumers take
+  /// turns, as far as 32 blocks of the list let them, so that none has the ring to itself.
+  __device__ __forceinline__ void load_selected(const Job& job, const KeySource& source,
+                                                bool by_token, Position& at) {
+    const UnionBlock* blocks = blocks_of(job);
+    const int count = uniform(launch_.args.union_counts[list_of(job)]);
+    const int size = p_.config.select_size, lane = threadIdx.x;
+    for (int base = 0; base < count; base += 32) {
+      UnionBlock own{};
+      if (base + lane < count) own = blocks[base + lane];
+      uint32_t count_wanted = static_cast<uint32_t>(min(size, kRows)), turns[Shape::kConsumers];
+      bool single = launch_.log2_group == kLog2TokenRows;
+      int owner = Shape::kConsumers;  // the first one
 #pragma unroll
-    for (int c = 0; c < Shape::kConsumers; ++c) {
-      const int first = c * count;
-      bool wants;
-      if (count == kMaxTileTokens)  // G = 1: the first warpgroup has them all
-        wants = c == 0 && (tokens[0] | tokens[1]) != 0;
-      else
-        wants = first < kMaxTileTokens &&
-                ((first < 32 ? tokens[0] : tokens[1]) >> first % 32 & (~0u >> (32 - count))) != 0;
-      wanted |= static_cast<uint32_t>(wants) << c;
+      for (int c = Shape::kConsumers - 1; c >= 0; --c) {
+        const uint64_t tokens = tokens_of(c, own.tokens);
+        if (tokens == 0) continue;
+        owner = c;
+        count_wanted |= 256u << c;
+        single = single && (tokens & (tokens - 1)) == 0;
+      }
+      if (by_token) count_wanted |= KeyTile::kByToken;
+#pragma unroll
+      for (int c = 0; c < Shape::kConsumers; ++c)
+        turns[c] = __ballot_sync(kFullWarp, owner == c && single == by_token);
+      uint32_t left = 0;
+#pragma unroll
+      for (int c = 0; c < Shape::kConsumers; ++c) left |= turns[c];
+#pragma unroll 1
+      while (left != 0) {
+        const uint32_t turn = turns[0], i = __ffs(turn) - 1;
+#pragma unroll
+        for (int c = 1; c < Shape::kConsumers; ++c) turns[c - 1] = turns[c];
+        turns[Shape::kConsumers - 1] = turn & (turn - 1);
+        if (turn == 0) continue;
+        left &= ~(1u << i);
+        KeyTile tile{__shfl_sync(kFullWarp, own.block, i) * size,
+                     __shfl_sync(kFullWarp, count_wanted, i),
+                     {__shfl_sync(kFullWarp, own.tokens[0], i),
+                      __shfl_sync(kFullWarp, own.tokens[1], i)}};
+#pragma unroll 1
+        for (int part = 0; part < size; part += kRows) {
+          load_tile(source, tile, at);
+          tile.key += kRows;
+        }
+      }
     }
-    return wanted;
   }
 
   /// One warp. Its lanes read the lists of blocks, the first one does the rest.
   __device__ void load_keys() {
-    const int lane = threadIdx.x;
     Position at;
     for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
       if (job_again(number).count <= 0) continue;
+      // First the selected blocks that are done token by token, then the branches.
 #pragma unroll 1
-      for (int branch = 0; branch < kNumBranches; ++branch) {
+      for (int step = -1; step < kNumBranches; ++step) {
+        const int branch = step < 0 ? int{kSelected} : step;
         if (!p_.branch[branch].enabled) continue;
         const Job job = job_again(number);
         const KeySource source = key_source(job, branch);
         if (branch == kSelected) {
-          const UnionBlock* blocks = blocks_of(job);
-          const int count = uniform(launch_.args.union_counts[list_of(job)]);
-          const int size = p_.config.select_size;
-          const uint32_t keys = static_cast<uint32_t>(min(size, kRows));
-          for (int base = 0; base < count; base += 32) {
-            UnionBlock own{};
-            if (base + lane < count) own = blocks[base + lane];
-            const uint32_t own_count_wanted = keys | consumers_of(own.tokens) << 8;
-#pragma unroll 1
-            for (int i = 0; i < min(32, count - base); ++i) {
-              KeyTile tile{__shfl_sync(kFullWarp, own.block, i) * size,
-                           __shfl_sync(kFullWarp, own_count_wanted, i),
-                           {__shfl_sync(kFullWarp, own.tokens[0], i),
-                            __shfl_sync(kFullWarp, own.tokens[1], i)}};
-#pragma unroll 1
-              for (int part = 0; part < size; part += kRows) {
-                load_tile(source, tile, at);
-                tile.key += kRows;
-              }
-            }
-          }
+          load_selected(job, source, step < 0, at);
         } else {
           const KeyRange keys = dense_keys(job, branch);
           const int end = uniform(keys.end);
@@ -292,7 +346,7 @@ class DqKernel {
     const int row =
         static_cast<int>(job.sequence.q_first) + job.first + consumer * consumer_tokens();
     if (threadIdx.x % 128 != 0) return;
-    mbarrier_arrive_expect(bar, Shape::kStageBytes);
+    mbarrier_arrive_expect(bar, Shape::kRowsBytes);
 #pragma unroll
     for (int panel = 0; panel < kDimQk / 64; ++panel)
       tma_load(dst + panel * kPanelBytes, &launch_.q, bar, panel * 64, 0, job.head, row, batch);
@@ -324,21 +378,23 @@ class DqKernel {
       pin(dq);
       mbarrier_wait(rows_full(consumer), parity);
       parity ^= 1;
+      const int by_token = add_tokens(consumer, number, first_row, at, rows, dq);
 #pragma unroll 1
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!p_.branch[branch].enabled) continue;
         int left;
         {
           const Job job = job_again(number);
-          left = uniform(count_tiles(job, branch));
+          left = uniform(count_tiles(job, branch)) - (branch == kSelected ? by_token : 0);
           load_branch(job, branch, first_row, rows);
         }
         for (; left > 0; --left) {
-          mbarrier_wait(full(at.slot), at.parity);
-          const uint4 tile = load_shared_16(note(at.slot));
-          if (__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1))
-            add_tile(consumer, at.slot, tile, rows, dq);
-          mbarrier_arrive_warp(empty(at.slot));
+          const KeySlot from = slot(at);
+          const uint4 tile = wait_tile(from, at);
+          if (wants(consumer, tile))
+            add_tile(consumer, from, tile, rows, dq);
+          else
+            pass_over(from);
           at.advance();
         }
       }
@@ -348,6 +404,58 @@ class DqKernel {
       store(job_again(number), first_row, rows, dq);
       number = next;
     }
+  }
+
+  /// A warp waits for K of a tile; the tile's note.
+  __device__ __forceinline__ uint4 wait_tile(const KeySlot& from, const Position& at) const {
+    mbarrier_wait(from.k_full, from.k_parity);
+    return load_shared_16(note(at));
+  }
+  static __device__ __forceinline__ bool wants(int consumer, const uint4& tile) {
+    return __any_sync(kFullWarp, tile.y >> (8 + consumer) & 1);
+  }
+  /// A slot that is released before its tile is there would count for the tile before.
+  static __device__ __forceinline__ void pass_over(const KeySlot& from) {
+    mbarrier_arrive_warp(from.k_empty);
+    mbarrier_wait(from.v_full, from.v_parity);
+    mbarrier_arrive_warp(from.v_empty);
+  }
+
+  /// The tiles that are done token by token; returns how many there were.
+  __device__ __forceinline__ int add_tokens(int consumer, int number, int first_row, Position& at,
+                                            RowPair& rows, float (&dq)[kDimQk / 2]) const {
+    if (!p_.branch[kSelected].enabled) return 0;
+    const Job job = job_again(number);
+    const int count = uniform(count_tiles(job, kSelected));
+    const auto next_by_token = [&](uint4& tile) {
+      tile = wait_tile(slot(at), at);
+      return __any_sync(kFullWarp, tile.y & KeyTile::kByToken) != 0;
+    };
+    uint4 tile;
+    if (count == 0 || !next_by_token(tile)) return 0;
+    const int end = job.sequence.position(job.first + consumer * kTokens) + 1;
+    TokenProducts<Shape> products(place(offsetof(Smem, tokens), sizeof(TokenSmem), consumer),
+                                  rows_tile(consumer), 1 + consumer, launch_.scale_log2);
+    load_branch(job, kSelected, first_row, rows);
+    if (threadIdx.x % 4 == 0)
+      for (int i = 0; i < 2; ++i)
+        products.write_stats(first_row + 8 * i, rows.lse_log2[i], rows.gate[i],
+                             rows.gated_delta[i]);
+    products.meet();
+    int done = 0;
+    do {
+      const KeySlot from = slot(at);
+      if (wants(consumer, tile)) {
+        const int token = uniform(__ffs(tile.z >> consumer * kTokens) - 1);
+        const int key = static_cast<int>(tile.x), keys = static_cast<int>(tile.y & 0xff);
+        products.add_tile(from, token, min(keys, end + token - key));
+      } else {
+        pass_over(from);
+      }
+      at.advance();
+    } while (++done < count && next_by_token(tile));
+    products.to_rows(dq);
+    return done;
   }
 
   /// Query head of a row, within the group.
@@ -385,14 +493,16 @@ class DqKernel {
 
   static __device__ __forceinline__ int warp_row() { return threadIdx.x % 128 / 32 * 16; }
 
-  __device__ __forceinline__ void add_tile(int consumer, int slot, const uint4& tile,
+  /// A tile of keys, which is released.
+  __device__ __forceinline__ void add_tile(int consumer, const KeySlot& from, const uint4& tile,
                                            const RowPair& rows, float (&dq)[kDimQk / 2]) {
-    const uint32_t q = uniform(rows_tile(consumer)), k = uniform(ring(slot));
+    const uint32_t q = uniform(rows_tile(consumer));
     float s[kScores], dp[kScores];
+    mbarrier_wait(from.v_full, from.v_parity);
     wgmma_fence();
-    issue_scores<T, kRows, kDimQk>(s, q, k);
+    issue_scores<T, kRows, kDimQk>(s, q, from.k);
     wgmma_commit();
-    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes, k + Shape::kKBytes);
+    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes, from.v);
     wgmma_commit();
     // Meanwhile: the keys of the tile that the thread's rows see.
     const int key = static_cast<int>(tile.x), count = static_cast<int>(tile.y & 0xff);
@@ -424,6 +534,7 @@ class DqKernel {
     }
     wgmma_wait<0>();
     pin(dp);
+    mbarrier_arrive_warp(from.v_empty);
     // The gate on the side of dP: one operation less than on P's.
     const uint32_t keep = none ? 0 : ~0u;
     uint32_t ds[kScores / 2];
@@ -435,10 +546,11 @@ class DqKernel {
               keep;
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kRows / 16>(dq, ds, k);
+    issue_update<T, kDimQk, kRows / 16>(dq, ds, from.k);
     wgmma_commit();
     wgmma_wait<0>();
     pin(dq);
+    mbarrier_arrive_warp(from.k_empty);
   }
 
   /// Rows of 16 bytes a lane: the four lanes of a quad exchange their columns first.

@@ -28,6 +28,14 @@ const Object* uniform(const Object* x) {
       uniform(static_cast<uint32_t>(bits)));
 }
 
+inline void store_shared(uint32_t addr, uint32_t value) {
+  std::memcpy(emulator::shared_pointer(addr), &value, 4);
+}
+inline uint32_t load_shared(uint32_t addr) {
+  uint32_t value;
+  std::memcpy(&value, emulator::shared_pointer(addr), 4);
+  return value;
+}
 inline void store_shared_16(uint32_t addr, const uint4& x) {
   std::memcpy(emulator::shared_pointer(addr), &x, 16);
 }

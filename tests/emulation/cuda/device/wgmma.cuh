@@ -14,6 +14,21 @@ void wgmma_wait() {}
 template <int kCount>
 void pin(float (&)[kCount]) {}
 
+inline void fence_proxy_async() {}
+inline void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {
+  const int lane = emulator::current.lane(), column = lane % 4 * 2;
+  *emulator::words(lane) = addr;
+  emulator::sync_warp();
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 2; ++i) {
+      const uint16_t element = static_cast<uint16_t>(r[j] >> 16 * i);
+      std::memcpy(
+          emulator::shared_pointer(*emulator::words(8 * j + column + i) + lane / 4 * 2),
+          &element, 2);
+    }
+  emulator::sync_warp();
+}
+
 inline uint64_t desc_k_major(uint32_t addr) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | (addr >> 4);
 }
@@ -67,6 +82,16 @@ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   multiply<kN>(d, rows, accumulate, [&](int n, int k) { return k_major<T>(b, n, k); });
 }
 
+template <class T, int kN>
+void wgmma_ss_mn_major(float (&d)[kN / 2], uint64_t a, uint64_t b) {
+  const int row = emulator::current.warp() % 4 * 16 + emulator::current.lane() / 4;
+  float rows[2][16];
+  for (int k = 0; k < 16; ++k) {
+    rows[0][k] = mn_major<T>(a, row, k);
+    rows[1][k] = mn_major<T>(a, row + 8, k);
+  }
+  multiply<kN>(d, rows, true, [&](int n, int k) { return k_major<T>(b, n, k); });
+}
 template <class T, int kN>
 void wgmma_ss_first(float (&d)[kN / 2], uint64_t a, uint64_t b) {
   wgmma_ss<T, kN>(d, a, b, false);
