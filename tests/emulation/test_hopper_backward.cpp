@@ -79,6 +79,21 @@ const Case kCases[] = {
     {"scattered, wide", {{9, 3000}}, false, 16, 1, 192, 128, {32, 32, 64, 4, 1, 1, 64}, false, 6},
     {"scattered, of 4", {{33, 2000}}, false, 4, 1, 64, 64, {32, 32, 32, 2, 0, 1, 64}, false, 2},
     {"scattered, of 6", {{17, 2000}}, false, 6, 1, 64, 64, {32, 32, 128, 3, 0, 1, 64}, false, 4},
+    // dQ of blocks that one token of 64 rows chose, and of those that several did.
+    {"one token alone", {{1, 900}}, false, 16, 1, 128, 128, {32, 16, 64, 6, 1, 2, 64}},
+    {"blocks for all", {{14, 500}}, false, 16, 1, 64, 64, {32, 16, 64, 3, 1, 2, 64}},
+    {"scattered, of 16", {{40, 1500}}, false, 32, 2, 64, 64, {32, 32, 32, 3, 0, 1, 64}, false, 5},
+    {"scattered, float16",
+     {{13, 3000}},
+     false,
+     16,
+     1,
+     128,
+     128,
+     {32, 32, 128, 3, 0, 1, 64},
+     false,
+     7,
+     DType::kFloat16},
     {"any indices", {{30, 900}}, false, 16, 1, 64, 64, {32, 16, 64, 3, 1, 1, 70}, false, 40},
     {"float16",
      {{24, 400}},
@@ -276,5 +291,7 @@ int main() {
     run(c);
   }
   run_twice(kCases[1]);
+  for (const Case& c : kCases)
+    if (std::string(c.name) == "scattered, of 16") run_twice(c);
   return check::report();
 }

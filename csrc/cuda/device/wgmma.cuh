@@ -169,13 +169,13 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[kN / 2], const uint32_t* a, 
                  : NSA_ACC##R(d)                                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
   }
-#define NSA_DEFINE_WGMMA_MN_MAJOR(T, TYPE, N, R, A, B)                                            \
-  template <>                                                                                     \
+#define NSA_DEFINE_WGMMA_MN_MAJOR(T, TYPE, N, R, A, B)                                             \
+  template <>                                                                                      \
   __device__ __forceinline__ void wgmma_ss_mn_major<T, N>(float (&d)[R], uint64_t a, uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N    \
-                 "}, %" A ", %" B ", 1, 1, 1, 1, 0;"                                              \
-                 : NSA_ACC##R(d)                                                                  \
-                 : "l"(a), "l"(b));                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_D##N     \
+                 "}, %" A ", %" B ", 1, 1, 1, 1, 0;"                                               \
+                 : NSA_ACC##R(d)                                                                   \
+                 : "l"(a), "l"(b));                                                                \
   }
 NSA_DEFINE_WGMMA_MN_MAJOR(bf16, "bf16", 16, 8, "8", "9")
 NSA_DEFINE_WGMMA_MN_MAJOR(__half, "f16", 16, 8, "8", "9")

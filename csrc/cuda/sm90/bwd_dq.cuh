@@ -150,9 +150,12 @@ class DqKernel {
     return place(offsetof(Smem, tiles), sizeof(KeyTile), at.k.slot);
   }
   __device__ __forceinline__ KeySlot slot(const Position& at) const {
+    // Their offsets after uniform(): the compiler would keep the sums in registers.
+    const uint32_t k_rows = uniform(smem_ + at.k.slot * Shape::kKBytes);
+    const uint32_t v_rows = uniform(smem_ + at.v.slot * Shape::kVBytes);
     const int k = uniform(at.k.slot), v = uniform(at.v.slot);
-    return {place(offsetof(Smem, k), Shape::kKBytes, k),
-            place(offsetof(Smem, v), Shape::kVBytes, v),
+    return {k_rows + uint32_t{offsetof(Smem, k)},
+            v_rows + uint32_t{offsetof(Smem, v)},
             place(offsetof(Smem, k_full), 8, k),
             place(offsetof(Smem, k_empty), 8, k),
             place(offsetof(Smem, v_full), 8, v),
@@ -286,10 +289,10 @@ class DqKernel {
         turns[Shape::kConsumers - 1] = turn & (turn - 1);
         if (turn == 0) continue;
         left &= ~(1u << i);
-        KeyTile tile{__shfl_sync(kFullWarp, own.block, i) * size,
-                     __shfl_sync(kFullWarp, count_wanted, i),
-                     {__shfl_sync(kFullWarp, own.tokens[0], i),
-                      __shfl_sync(kFullWarp, own.tokens[1], i)}};
+        KeyTile tile{
+            __shfl_sync(kFullWarp, own.block, i) * size,
+            __shfl_sync(kFullWarp, count_wanted, i),
+            {__shfl_sync(kFullWarp, own.tokens[0], i), __shfl_sync(kFullWarp, own.tokens[1], i)}};
 #pragma unroll 1
         for (int part = 0; part < size; part += kRows) {
           load_tile(source, tile, at);
@@ -378,14 +381,15 @@ class DqKernel {
       pin(dq);
       mbarrier_wait(rows_full(consumer), parity);
       parity ^= 1;
-      const int by_token = add_tokens(consumer, number, first_row, at, rows, dq);
+      const int selected = add_tokens(consumer, number, first_row, at, rows, dq);
+      pin(dq);  // else the compiler keeps it elsewhere than the products want it
 #pragma unroll 1
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!p_.branch[branch].enabled) continue;
         int left;
         {
           const Job job = job_again(number);
-          left = uniform(count_tiles(job, branch)) - (branch == kSelected ? by_token : 0);
+          left = branch == kSelected ? selected : uniform(count_tiles(job, branch));
           load_branch(job, branch, first_row, rows);
         }
         for (; left > 0; --left) {
@@ -421,18 +425,18 @@ class DqKernel {
     mbarrier_arrive_warp(from.v_empty);
   }
 
-  /// The tiles that are done token by token; returns how many there were.
+  /// The selected tiles that are done token by token; returns how many others there are.
   __device__ __forceinline__ int add_tokens(int consumer, int number, int first_row, Position& at,
                                             RowPair& rows, float (&dq)[kDimQk / 2]) const {
     if (!p_.branch[kSelected].enabled) return 0;
     const Job job = job_again(number);
-    const int count = uniform(count_tiles(job, kSelected));
+    int left = uniform(count_tiles(job, kSelected));
     const auto next_by_token = [&](uint4& tile) {
       tile = wait_tile(slot(at), at);
       return __any_sync(kFullWarp, tile.y & KeyTile::kByToken) != 0;
     };
     uint4 tile;
-    if (count == 0 || !next_by_token(tile)) return 0;
+    if (left == 0 || !next_by_token(tile)) return left;
     const int end = job.sequence.position(job.first + consumer * kTokens) + 1;
     TokenProducts<Shape> products(place(offsetof(Smem, tokens), sizeof(TokenSmem), consumer),
                                   rows_tile(consumer), 1 + consumer, launch_.scale_log2);
@@ -442,7 +446,6 @@ class DqKernel {
         products.write_stats(first_row + 8 * i, rows.lse_log2[i], rows.gate[i],
                              rows.gated_delta[i]);
     products.meet();
-    int done = 0;
     do {
       const KeySlot from = slot(at);
       if (wants(consumer, tile)) {
@@ -453,9 +456,9 @@ class DqKernel {
         pass_over(from);
       }
       at.advance();
-    } while (++done < count && next_by_token(tile));
+    } while (--left > 0 && next_by_token(tile));
     products.to_rows(dq);
-    return done;
+    return left;
   }
 
   /// Query head of a row, within the group.
@@ -498,10 +501,11 @@ class DqKernel {
                                            const RowPair& rows, float (&dq)[kDimQk / 2]) {
     const uint32_t q = uniform(rows_tile(consumer));
     float s[kScores], dp[kScores];
-    mbarrier_wait(from.v_full, from.v_parity);
     wgmma_fence();
     issue_scores<T, kRows, kDimQk>(s, q, from.k);
     wgmma_commit();
+    mbarrier_wait(from.v_full, from.v_parity);
+    wgmma_fence();
     issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes, from.v);
     wgmma_commit();
     // Meanwhile: the keys of the tile that the thread's rows see.

@@ -3,9 +3,9 @@
 //
 //   S^T = K Q^T     P^T = exp2(scale S^T - lse)     dP^T = V dO^T     dQ^T += K^T dS^T
 //
-// A quarter of what the 64 rows of a warpgroup's tokens take. dS^T goes through shared memory, to be
-// the B operand of its product; K is read there in both directions. Each token has a sum of its own,
-// and together they take the registers of the warpgroup's dQ, which they become in the end.
+// A quarter of what the 64 rows of a warpgroup's tokens take. dS^T goes through shared memory, to
+// be the B operand of its product; K is read there in both directions. Each token has a sum of its
+// own, and together they take the registers of the warpgroup's dQ, which they become in the end.
 #pragma once
 
 #include "cuda/sm90/bwd_tiles.cuh"
@@ -50,9 +50,11 @@ class TokenProducts {
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
 #pragma unroll
-      for (int p = 0; p < kPanels; ++p)
+      for (int p = 0; p < kPanels; ++p) {
 #pragma unroll
         for (int i = 0; i < kScores; ++i) sums_[t][p][i] = 0.0f;
+        pin(sums_[t][p]);
+      }
   }
 
   /// All rows are written before the first tile; a row that is not there has gate 0 and
@@ -68,10 +70,11 @@ class TokenProducts {
   __device__ __forceinline__ void add_tile(const KeySlot& slot, int token, int seen) {
     float s[kScores], dp[kScores];
     const uint32_t q = uniform(rows_ + token * (kTokenRows * 128));
-    mbarrier_wait(slot.v_full, slot.v_parity);
     wgmma_fence();
     issue_scores<T, kTokenRows, kDimQk>(s, slot.k, q);
     wgmma_commit();
+    mbarrier_wait(slot.v_full, slot.v_parity);
+    wgmma_fence();
     issue_scores<T, kTokenRows, kDimV>(dp, slot.v, q + Shape::kKBytes);
     wgmma_commit();
     // The thread's columns: i % 4 / 2 tells its keys, 8 apart, the rest its query rows.
@@ -117,8 +120,8 @@ class TokenProducts {
     buffer_ ^= kDsBytes;
   }
 
-  /// The sums as the rows of dQ: warp w holds the 16 rows of token w. In rounds, of which each moves
-  /// an eighth of a panel from each warp and token, 8 keys of the tile by 8 rows.
+  /// The sums as the rows of dQ: warp w holds the 16 rows of token w. In rounds, of which each
+  /// moves an eighth of a panel from each warp and token, 8 keys of the tile by 8 rows.
   __device__ __forceinline__ void to_rows(float (&dq)[kDimQk / 2]) const {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const auto place = [&](int from, int token, int column, int row) {
@@ -134,7 +137,7 @@ class TokenProducts {
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             cuda::store_shared(place(warp, t, lane / 4, lane % 4 * 2 + i),
-                         __float_as_uint(sums_[t][p][2 * part + i]));
+                               __float_as_uint(sums_[t][p][2 * part + i]));
         meet();
 #pragma unroll
         for (int from = 0; from < 4; ++from)
@@ -167,11 +170,10 @@ class TokenProducts {
     for (int p = 0; p < kPanels; ++p) pin(sum[p]);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kRows / 16; ++step)
+    for (int p = 0; p < kPanels; ++p)
 #pragma unroll
-      for (int p = 0; p < kPanels; ++p)
-        wgmma_ss_mn_major<T, kTokenRows>(sum[p],
-                                         a_desc + (p * kPanelBytes + step * 2048) / 16,
+      for (int step = 0; step < kRows / 16; ++step)
+        wgmma_ss_mn_major<T, kTokenRows>(sum[p], a_desc + (p * kPanelBytes + step * 2048) / 16,
                                          b_desc + step * 32 / 16);
     wgmma_commit();
     wgmma_wait<0>();

@@ -22,9 +22,8 @@ inline void stmatrix_x4_trans(uint32_t addr, const uint32_t (&r)[4]) {
   for (int j = 0; j < 4; ++j)
     for (int i = 0; i < 2; ++i) {
       const uint16_t element = static_cast<uint16_t>(r[j] >> 16 * i);
-      std::memcpy(
-          emulator::shared_pointer(*emulator::words(8 * j + column + i) + lane / 4 * 2),
-          &element, 2);
+      std::memcpy(emulator::shared_pointer(*emulator::words(8 * j + column + i) + lane / 4 * 2),
+                  &element, 2);
     }
   emulator::sync_warp();
 }
