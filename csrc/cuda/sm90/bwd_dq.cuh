@@ -278,17 +278,19 @@ class DqKernel {
 #pragma unroll
       for (int c = 0; c < Shape::kConsumers; ++c)
         turns[c] = __ballot_sync(kFullWarp, owner == c && single == by_token);
-      uint32_t left = 0;
+      const auto left = [&]() {
+        uint32_t all = 0;
 #pragma unroll
-      for (int c = 0; c < Shape::kConsumers; ++c) left |= turns[c];
+        for (int c = 0; c < Shape::kConsumers; ++c) all |= turns[c];
+        return all;
+      };
 #pragma unroll 1
-      while (left != 0) {
+      while (left() != 0) {
         const uint32_t turn = turns[0], i = __ffs(turn) - 1;
 #pragma unroll
         for (int c = 1; c < Shape::kConsumers; ++c) turns[c - 1] = turns[c];
         turns[Shape::kConsumers - 1] = turn & (turn - 1);
         if (turn == 0) continue;
-        left &= ~(1u << i);
         KeyTile tile{
             __shfl_sync(kFullWarp, own.block, i) * size,
             __shfl_sync(kFullWarp, count_wanted, i),

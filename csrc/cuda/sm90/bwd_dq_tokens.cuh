@@ -46,7 +46,12 @@ class TokenProducts {
   /// of its named barrier.
   __device__ __forceinline__ TokenProducts(uint32_t smem, uint32_t rows, int barrier,
                                            float scale_log2)
-      : smem_(smem), rows_(rows), barrier_(barrier), scale_log2_(scale_log2) {
+      : smem_(smem),
+        rows_(rows),
+        ds_place_(smem + ds_offset()),
+        barrier_(barrier),
+        scale_log2_(scale_log2) {
+    asm volatile("" : "+r"(ds_place_));  // otherwise worked out anew between dP and dS
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
 #pragma unroll
@@ -70,6 +75,7 @@ class TokenProducts {
   __device__ __forceinline__ void add_tile(const KeySlot& slot, int token, int seen) {
     float s[kScores], dp[kScores];
     const uint32_t q = uniform(rows_ + token * (kTokenRows * 128));
+    const uint32_t ds_tile = uniform(smem_ + buffer_);
     wgmma_fence();
     issue_scores<T, kTokenRows, kDimQk>(s, slot.k, q);
     wgmma_commit();
@@ -89,16 +95,20 @@ class TokenProducts {
       gate[i] = __uint_as_float(row.y);
       gated_delta[i] = __uint_as_float(row.z);
     }
+    const uint32_t keep = __any_sync(kFullWarp, seen > 0) ? ~0u : 0;
     wgmma_wait<1>();
     pin(s);
-    if (seen < kRows) {
+    // A block of code of its own: otherwise the compiler takes the exponentials after dP's wait.
+    if (keep != 0) {
+      if (seen < kRows) {
+#pragma unroll
+        for (int i = 0; i < kScores; ++i)
+          if (key + i % 4 / 2 * 8 >= seen) s[i] = -INFINITY;
+      }
 #pragma unroll
       for (int i = 0; i < kScores; ++i)
-        if (key + i % 4 / 2 * 8 >= seen) s[i] = -INFINITY;
+        s[i] = exp2_approx(fmaf(s[i], scale_log2_, -lse_log2[column(i)]));
     }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i)
-      s[i] = exp2_approx(fmaf(s[i], scale_log2_, -lse_log2[column(i)]));
     wgmma_wait<0>();
     pin(dp);
     mbarrier_arrive_warp(slot.v_empty);
@@ -107,15 +117,15 @@ class TokenProducts {
     for (int i = 0; i < kScores / 2; ++i) {
       const int left = column(2 * i), right = left + 1;
       ds[i] = pack2<T>(s[2 * i] * fmaf(gate[left], dp[2 * i], -gated_delta[left]),
-                       s[2 * i + 1] * fmaf(gate[right], dp[2 * i + 1], -gated_delta[right]));
+                       s[2 * i + 1] * fmaf(gate[right], dp[2 * i + 1], -gated_delta[right])) &
+              keep;
     }
-    store_ds(ds);
+    stmatrix_x4_trans(ds_place_ + buffer_, ds);
     fence_proxy_async();
     meet();
-    const uint32_t b = uniform(smem_ + buffer_);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
-      if (__any_sync(kFullWarp, t == token)) update(sums_[t], slot.k, b);
+      if (__any_sync(kFullWarp, t == token)) update(sums_[t], slot.k, ds_tile);
     mbarrier_arrive_warp(slot.k_empty);
     buffer_ ^= kDsBytes;
   }
@@ -154,12 +164,12 @@ class TokenProducts {
     return smem_ + offsetof(TokenSmem, stats) + row * sizeof(float4);
   }
 
-  /// A warp: its 16 keys of all rows.
-  __device__ __forceinline__ void store_ds(const uint32_t (&ds)[kScores / 2]) const {
+  /// Where a lane stores dS: a warp has 16 keys of all rows.
+  static __device__ __forceinline__ uint32_t ds_offset() {
     static_assert(kTokenRows == 16);  // two groups of keys by two of rows
     const int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8;
     const int chunk = threadIdx.x % 128 / 32 * 2 + lane / 8 % 2;
-    stmatrix_x4_trans(smem_ + buffer_ + row * 128 + ((chunk ^ (row & 7)) << 4), ds);
+    return row * 128 + ((chunk ^ (row & 7)) << 4);
   }
 
   /// A token's sum += K^T dS^T.
@@ -181,7 +191,7 @@ class TokenProducts {
     for (int p = 0; p < kPanels; ++p) pin(sum[p]);
   }
 
-  uint32_t smem_, rows_;
+  uint32_t smem_, rows_, ds_place_;
   int barrier_;
   float scale_log2_;
   uint32_t buffer_ = 0;
