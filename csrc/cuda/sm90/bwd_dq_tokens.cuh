@@ -131,7 +131,7 @@ class TokenProducts {
   }
 
   /// The sums as the rows of dQ: warp w holds the 16 rows of token w. In rounds, of which each
-  /// moves an eighth of a panel from each warp and token, 8 keys of the tile by 8 rows.
+  /// moves 8 columns of dQ by 8 rows from each warp and token.
   __device__ __forceinline__ void to_rows(float (&dq)[kDimQk / 2]) const {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const auto place = [&](int from, int token, int column, int row) {
