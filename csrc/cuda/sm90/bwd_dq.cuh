@@ -263,9 +263,9 @@ class DqKernel {
     for (int base = 0; base < count; base += 32) {
       UnionBlock own{};
       if (base + lane < count) own = blocks[base + lane];
-      uint32_t count_wanted = static_cast<uint32_t>(min(size, kRows)), turns[Shape::kConsumers];
+      uint32_t count_wanted = static_cast<uint32_t>(min(size, kRows));
       bool single = launch_.log2_group == kLog2TokenRows;
-      int owner = Shape::kConsumers;  // the first one
+      int owner = Shape::kConsumers;  // the first one that wants the block; none when it is done
 #pragma unroll
       for (int c = Shape::kConsumers - 1; c >= 0; --c) {
         const uint64_t tokens = tokens_of(c, own.tokens);
@@ -275,22 +275,15 @@ class DqKernel {
         single = single && (tokens & (tokens - 1)) == 0;
       }
       if (by_token) count_wanted |= KeyTile::kByToken;
-#pragma unroll
-      for (int c = 0; c < Shape::kConsumers; ++c)
-        turns[c] = __ballot_sync(kFullWarp, owner == c && single == by_token);
-      const auto left = [&]() {
-        uint32_t all = 0;
-#pragma unroll
-        for (int c = 0; c < Shape::kConsumers; ++c) all |= turns[c];
-        return all;
-      };
+      if (single != by_token) owner = Shape::kConsumers;
+      int turn = 0;
 #pragma unroll 1
-      while (left() != 0) {
-        const uint32_t turn = turns[0], i = __ffs(turn) - 1;
-#pragma unroll
-        for (int c = 1; c < Shape::kConsumers; ++c) turns[c - 1] = turns[c];
-        turns[Shape::kConsumers - 1] = turn & (turn - 1);
-        if (turn == 0) continue;
+      while (__any_sync(kFullWarp, owner < Shape::kConsumers)) {
+        const uint32_t turns = __ballot_sync(kFullWarp, owner == turn);
+        turn = turn + 1 < Shape::kConsumers ? turn + 1 : 0;
+        if (turns == 0) continue;
+        const int i = __ffs(turns) - 1;
+        if (lane == i) owner = Shape::kConsumers;
         KeyTile tile{
             __shfl_sync(kFullWarp, own.block, i) * size,
             __shfl_sync(kFullWarp, count_wanted, i),
@@ -460,7 +453,7 @@ class DqKernel {
       at.advance();
     } while (--left > 0 && next_by_token(tile));
     products.to_rows(dq);
-    return left;
+    return uniform(left);  // a copy: otherwise the loop counts in memory
   }
 
   /// Query head of a row, within the group.
