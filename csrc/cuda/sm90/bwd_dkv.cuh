@@ -1,16 +1,16 @@
-// Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
-// selected block) and walks the query rows that see them, in tiles of 64.
+// Key-stationary dK and dV on Hopper: each of the two consumer warpgroups of a block of threads
+// owns 64 keys and walks the query rows that see them, in tiles of 64.
 //
 //   S^T = K Q^T          P^T = gate * exp2(scale S^T - lse)      dV += P^T dO
 //   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale dS^T Q
 //
 // Keys are the rows of every product, so P^T and dS^T leave one product where the next one wants
-// its A operand: in registers. With ranges each of the two consumer warpgroups owns 64 keys and
-// both read every tile; with lists both own the same keys, take every other tile, and add up at the
-// end.
+// its A operand: in registers. With ranges the 128 keys are one task and both warpgroups read every
+// tile; with lists the warpgroups have a task each, neighbours: lists of their own, and the tokens
+// whose window reaches both, which they read together.
 //
-// Barriers: `full` of a slot takes the three producer warps, their copies, and the bytes of Q and
-// dO; `empty` a warp each of the warpgroups that read the slot.
+// Barriers: `full` of a slot takes the warps that load and describe it, their copies, and the bytes
+// of Q and dO; `empty` a warp each of both warpgroups, read or not.
 #pragma once
 
 #include "cuda/sm90/bwd_rows.cuh"
@@ -23,7 +23,7 @@ struct DkvShape : Registers<2, 240> {
   static constexpr int kDimQk = kDimQk_, kDimV = kDimV_;
   static constexpr bool kList = kList_;
   static constexpr int kTaskKeys = kList ? kListTaskKeys : kRangeTaskKeys;
-  static constexpr int kKeyTiles = kTaskKeys / kRows;
+  static constexpr int kTasks = kList ? 2 : 1;  // of a block of threads
   // Query rows of a product: with Dk = 192 the accumulators leave no room for 64.
   static constexpr int kColumns = kDimQk > 128 ? 32 : 64;
   static constexpr int kSteps = kRows / kColumns;  // products that a tile takes
@@ -31,19 +31,20 @@ struct DkvShape : Registers<2, 240> {
   static constexpr int kStageBytes = kQBytes + kDoutBytes;
   // What 227 KB hold beside K and V.
   static constexpr int kFitting =
-      (227 * 1024 - 1024 - kKeyTiles * kStageBytes) / (kStageBytes + int{sizeof(RowTileInfo)});
+      (227 * 1024 - 1024 - 2 * kStageBytes) / (kStageBytes + int{sizeof(RowTileInfo)});
   static constexpr int kStages = kFitting < 8 ? kFitting : 8;
-  static_assert(kStages >= 2);
+  // A warpgroup releases a tile when its next one is there.
+  static_assert(kStages > kTasks);
 
   struct Smem {
-    alignas(1024) char k[kKeyTiles][kQBytes];
-    alignas(1024) char v[kKeyTiles][kDoutBytes];
+    alignas(1024) char k[2][kQBytes];  // a warpgroup's
+    alignas(1024) char v[2][kDoutBytes];
     alignas(1024) char ring[kStages][kStageBytes];  // Q, then dO
     RowTileInfo info[kStages];
-    uint64_t full[kStages], empty[kStages], keys_full;
+    uint64_t full[kStages], empty[kStages], keys_full[kTasks];
+    RowWalk walk[kTasks];
+    KeyRange keys[2];  // a warpgroup's, counted like those of RowTileInfo
   };
-  // Two warpgroups exchange half of their sums through the ring.
-  static_assert(!kList || kStages * kStageBytes >= 128 * (kDimQk + kDimV) * 2);
 };
 
 template <class Shape>
@@ -55,54 +56,85 @@ class DkvKernel {
   static constexpr int kScores = kColumns / 2;
 
  public:
-  __device__ __forceinline__ DkvKernel(const DkvLaunch& launch, const KeyTask& task, char* smem)
+  __device__ __forceinline__ DkvKernel(const DkvLaunch& launch, const KeyTask* tasks, int count,
+                                       char* smem)
       : launch_(launch),
         p_(launch.args.common.p),
-        task_(task),
+        tasks_(tasks),
+        count_(count),
         smem_(*reinterpret_cast<Smem*>(smem)) {}
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(smem_addr(&smem_.full[i]), kRowArrivals);
-        mbarrier_init(smem_addr(&smem_.empty[i]), (Shape::kList ? 4 : 8) * kWarpArrivals);
+        mbarrier_init(smem_addr(&smem_.full[i]), kRowArrivals<Shape::kList>);
+        mbarrier_init(smem_addr(&smem_.empty[i]), (Shape::kList ? 4 * count_ : 8) * kWarpArrivals);
       }
-      mbarrier_init(smem_addr(&smem_.keys_full), 1);
+      for (uint64_t& full : smem_.keys_full) mbarrier_init(smem_addr(&full), 1);
       fence_barrier_init();
     }
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0 && warp < count_)
+      make_walk<Shape::kList>(launch_, tasks_, count_, warp, smem_.walk[warp]);
+    if (threadIdx.x % 32 == 0 && warp < 2) describe_keys(warp);
     __syncthreads();
     if (threadIdx.x < 128) {
       lower_registers<Shape::kProducerRegisters>();
-      const int warp = threadIdx.x / 32;
-      if (warp > 2) return;
-      const Sequence sequence = load_sequence(p_.shape, task_.batch);
-      const RowWalk walk(launch_, task_);
-      if (warp == 0) {
-        if (threadIdx.x == 0) load_keys(sequence);
-        __syncwarp();
-        load_rows<Shape>(launch_, walk, sequence, smem_);
-      } else {
-        describe_rows<Shape>(launch_, walk, sequence, warp - 1, smem_);
-      }
+      if constexpr (Shape::kList)
+        produce(warp % 2, warp < 2, 0);
+      else if (warp < 3)
+        produce(0, warp == 0, warp - 1);
     } else {
+      const int consumer = threadIdx.x / 128 - 1;
+      if (Shape::kList && consumer >= count_) return;
       raise_registers<Shape::kConsumerRegisters>();
-      consume(threadIdx.x / 128 - 1);
+      consume(consumer);
     }
   }
 
  private:
-  __device__ __forceinline__ void load_keys(const Sequence& sequence) {
-    const uint32_t full = smem_addr(&smem_.keys_full);
-    mbarrier_arrive_expect(full, Shape::kKeyTiles * Shape::kStageBytes);
-    const int row = first_key_row(sequence, launch_.args.plan.branch, p_.config) + task_.key;
+  /// Which keys of its task's walk a warpgroup owns.
+  __device__ __forceinline__ void describe_keys(int consumer) {
+    KeyRange keys{0, 0};
+    if constexpr (Shape::kList) {
+      if (consumer < count_) {
+        keys.begin = tasks_[consumer].key - smem_.walk[consumer].base_key;
+        keys.end = keys.begin + tasks_[consumer].keys;
+      }
+    } else {
+      keys = {consumer * kRows, min((consumer + 1) * kRows, tasks_[0].keys)};
+    }
+    smem_.keys[consumer] = keys;
+  }
+
+  /// A warp of the producer.
+  __device__ __forceinline__ void produce(int task, bool loads, int half) {
+    if (task >= count_) return;
+    const RowWalk& walk = smem_.walk[task];
+    if (loads) {
+      if (threadIdx.x % 32 == 0) load_keys(task);
+      __syncwarp();
+      load_rows<Shape>(launch_, walk, smem_);
+    } else {
+      describe_rows<Shape>(launch_, walk, half, smem_);
+    }
+  }
+
+  __device__ __forceinline__ void load_keys(int number) {
+    constexpr int kTiles = 2 / Shape::kTasks;  // of a task
+    const KeyTask& task = tasks_[number];
+    const Sequence sequence = load_sequence(p_.shape, task.batch);
+    const uint32_t full = smem_addr(&smem_.keys_full[number]);
+    mbarrier_arrive_expect(full, kTiles * Shape::kStageBytes);
+    const int row = first_key_row(sequence, launch_.args.plan.branch, p_.config) + task.key;
     const int batch = static_cast<int>(sequence.batch);
-    for (int i = 0; i < Shape::kKeyTiles; ++i) {
+    for (int i = 0; i < kTiles; ++i) {
       for (int panel = 0; panel < kDimQk / 64; ++panel)
-        tma_load(smem_addr(smem_.k[i]) + panel * kPanelBytes, &launch_.k, full, panel * 64,
-                 task_.head, row + i * kRows, batch);
+        tma_load(smem_addr(smem_.k[number + i]) + panel * kPanelBytes, &launch_.k, full, panel * 64,
+                 task.head, row + i * kRows, batch);
       for (int panel = 0; panel < kDimV / 64; ++panel)
-        tma_load(smem_addr(smem_.v[i]) + panel * kPanelBytes, &launch_.v, full, panel * 64,
-                 task_.head, row + i * kRows, batch);
+        tma_load(smem_addr(smem_.v[number + i]) + panel * kPanelBytes, &launch_.v, full, panel * 64,
+                 task.head, row + i * kRows, batch);
     }
   }
 
@@ -123,25 +155,15 @@ class DkvKernel {
   }
 
   __device__ __forceinline__ void consume(int consumer) {
-    int first, count, total;
-    {
-      const RowWalk walk(launch_, task_);
-      total = walk.tiles;
-      if constexpr (Shape::kList) {
-        first = consumer;
-        count = (total + 1 - consumer) / 2;
-      } else {
-        const QueryRange seen = queries_of(consumer);
-        first = seen.begin >> (6 - launch_.log2_group);
-        count = ((seen.begin + seen.count + walk.tokens - 1) >> (6 - launch_.log2_group)) - first;
-        if (seen.count <= 0) first = count = 0;
-      }
-    }
+    const int number = Shape::kList ? consumer : 0;
+    const KeyTask& task = tasks_[number];
+    const RowWalk& walk = smem_.walk[number];
     Position at;
-    if constexpr (Shape::kList) {
-      if (consumer == 1) at.advance();
-    } else {
-      pass_over(first, at);
+    int count = walk.tiles;
+    if constexpr (!Shape::kList) {
+      const TileRange seen = tiles_seen(consumer);
+      pass_over(seen.first, at);
+      count = seen.count;
     }
     float dk[kDimQk / 2], dv[kDimV / 2];
 #pragma unroll
@@ -150,52 +172,58 @@ class DkvKernel {
     for (int i = 0; i < kDimV / 2; ++i) dv[i] = 0.0f;
     pin(dk);
     pin(dv);
-    mbarrier_wait(smem_addr(&smem_.keys_full), 0);
-    if (count > 0) walk_tiles(consumer, count, at, dk, dv);
+    mbarrier_wait(smem_addr(&smem_.keys_full[number]), 0);
+    if (count > 0) walk_tiles(consumer, walk, count, at, dk, dv);
     if constexpr (Shape::kList) {
-      add_up(consumer, dk, dv);
+      pass_over(walk.places_left(), at);
     } else {
-      pass_over(total - first - count, at);
+      const TileRange seen = tiles_seen(consumer);  // rather than kept: there are no registers
+      pass_over(walk.tiles - seen.first - seen.count, at);
     }
 
-    // With lists each warpgroup holds one of the sums.
-    const Sequence sequence = load_sequence(p_.shape, task_.batch);
+    const Sequence sequence = load_sequence(p_.shape, task.batch);
     const BranchBwd& branch = p_.branch[launch_.args.plan.branch];
     const int first_key = Shape::kList ? 0 : consumer * kRows;
-    if (!Shape::kList || consumer == 0)
-      store<kDimQk>(dk, static_cast<float>(p_.shape.softmax_scale), sequence, first_key, branch.dk,
-                    0);
-    if (!Shape::kList || consumer == 1)
-      store<kDimV>(dv, 1.0f, sequence, first_key, branch.dv, Shape::kTaskKeys * kDimQk);
+    store<kDimQk>(dk, static_cast<float>(p_.shape.softmax_scale), task, sequence, first_key,
+                  branch.dk, 0);
+    store<kDimV>(dv, 1.0f, task, sequence, first_key, branch.dv, Shape::kTaskKeys * kDimQk);
   }
 
-  /// Queries, counted from the task's first, that see some of a warpgroup's keys.
-  __device__ __forceinline__ QueryRange queries_of(int consumer) const {
-    const int first = consumer * kRows, keys = min(kRows, task_.keys - first);
+  struct TileRange {
+    int first, count;
+  };
+  /// Tiles of a range with queries that see some of a warpgroup's keys.
+  __device__ __forceinline__ TileRange tiles_seen(int consumer) const {
+    const KeyTask& task = tasks_[0];
+    const int first_key = consumer * kRows, keys = min(kRows, task.keys - first_key);
     if (keys <= 0) return {0, 0};
-    const Sequence sequence = load_sequence(p_.shape, task_.batch);
-    const QueryRange range =
-        range_queries(sequence, launch_.args.plan.range_branch, task_.key + first, keys, p_.config);
-    const int begin = max(range.begin - task_.token_begin, 0);
-    const int end = min(range.begin + range.count - task_.token_begin, task_.token_count);
-    return {begin, end - begin};
+    const Sequence sequence = load_sequence(p_.shape, task.batch);
+    const QueryRange range = range_queries(sequence, launch_.args.plan.range_branch,
+                                           task.key + first_key, keys, p_.config);
+    const int begin = max(range.begin - task.token_begin, 0);
+    const int end = min(range.begin + range.count - task.token_begin, task.token_count);
+    if (begin >= end) return {0, 0};
+    const int shift = 6 - launch_.log2_group, first = begin >> shift;
+    return {first, ((end + (1 << shift) - 1) >> shift) - first};
   }
 
   /// dK of a step waits for the next one, so that the tensor cores have that product, S^T and dP^T
   /// to work on before the exponentials, and dV while dS^T is made. Accumulators that are read are
   /// never in flight from one step to the next: the compiler would wait for every product.
-  __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
-                                             float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
-    const int key_tile = Shape::kList ? 0 : consumer;
-    const uint32_t k_tile = smem_addr(smem_.k[key_tile]), v_tile = smem_addr(smem_.v[key_tile]);
+  __device__ __forceinline__ void walk_tiles(int consumer, const RowWalk& walk, int count,
+                                             Position& at, float (&dk)[kDimQk / 2],
+                                             float (&dv)[kDimV / 2]) {
+    const uint32_t k_tile = smem_addr(smem_.k[consumer]), v_tile = smem_addr(smem_.v[consumer]);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
     // Before the first step: zeros, times rows that are there.
     uint32_t ds_packed[kScores / 2];
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) ds_packed[i] = 0;
+    if (Shape::kList && walk.passes_one(0)) pass_over(1, at);
     uint32_t previous_q = smem_addr(smem_.ring[at.slot]);
     int previous_slot = -1;
-    for (int i = 0; i < count; ++i) {
+    for (int tile = 0; tile < count; ++tile) {
+      if (Shape::kList && tile > 0 && walk.passes_one(tile)) pass_over(1, at);
       wait_full(at);
       const RowTileInfo& info = smem_.info[at.slot];
 #pragma unroll
@@ -214,7 +242,8 @@ class DkvKernel {
         pin(s);
         pin(dk);
         if (step == 0 && previous_slot >= 0) arrive_warp(smem_.empty[previous_slot]);
-        if (info.masked[0][key_tile] | info.masked[1][key_tile]) mask(s, info, key_tile, column);
+        if (info.masked[0][consumer] | info.masked[1][consumer])
+          mask(s, info, smem_.keys[consumer].begin, column);
         uint32_t p_packed[kScores / 2];
         make_p(s, p_packed, info, column, scale_log2);
         wgmma_fence();
@@ -229,7 +258,6 @@ class DkvKernel {
       }
       previous_slot = at.slot;
       at.advance();
-      if (Shape::kList) at.advance();
     }
     wgmma_fence();
     issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
@@ -273,9 +301,9 @@ class DkvKernel {
   }
 
   /// Scores of keys that the column's row does not see become -inf.
-  __device__ __forceinline__ void mask(float (&s)[kScores], const RowTileInfo& info, int key_tile,
+  __device__ __forceinline__ void mask(float (&s)[kScores], const RowTileInfo& info, int first_key,
                                        int column) {
-    const int first = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    const int first = first_key + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
       const int2 begin = *reinterpret_cast<const int2*>(&info.key_begin[column + n * 8]);
@@ -289,47 +317,23 @@ class DkvKernel {
     }
   }
 
-  /// The first warpgroup gets the sum of both dK, the second that of both dV.
-  __device__ __forceinline__ void add_up(int consumer, float (&dk)[kDimQk / 2],
-                                         float (&dv)[kDimV / 2]) {
-    float* mine = reinterpret_cast<float*>(smem_.ring[0]) + threadIdx.x % 128;
-    float* dk_place = mine;
-    float* dv_place = mine + 128 * (kDimQk / 2);
-    named_barrier_sync(1, 256);  // nobody reads the ring any more
-    if (consumer == 0) {
-#pragma unroll
-      for (int i = 0; i < kDimV / 2; ++i) dv_place[i * 128] = dv[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kDimQk / 2; ++i) dk_place[i * 128] = dk[i];
-    }
-    named_barrier_sync(1, 256);
-    if (consumer == 0) {
-#pragma unroll
-      for (int i = 0; i < kDimQk / 2; ++i) dk[i] += dk_place[i * 128];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kDimV / 2; ++i) dv[i] += dv_place[i * 128];
-    }
-  }
-
   /// The accumulators of a warpgroup's keys, times `factor`: to the task's partial result, at
   /// `offset` of its slot, or as T to `view`.
   template <int kDim>
   __device__ __forceinline__ void store(const float (&acc)[kDim / 2], float factor,
-                                        const Sequence& sequence, int first_key,
-                                        const OutView& view, int offset) {
+                                        const KeyTask& task, const Sequence& sequence,
+                                        int first_key, const OutView& view, int offset) {
     const int lane = threadIdx.x % 32;
     const int key = first_key + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const int slot = task_.slot;
+    const int slot = task.slot;
     float* partial = launch_.args.plan.partial +
                      static_cast<int64_t>(slot) * Shape::kTaskKeys * (kDimQk + kDimV) + offset;
     T* dst = branch_keys(typed<T>(view), sequence, launch_.args.plan.branch, p_.config) +
-             task_.head * view.head + task_.key * view.seq;
+             task.head * view.head + task.key * view.seq;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = key + half * 8;
-      if (row >= task_.keys) continue;
+      if (row >= task.keys) continue;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const int column = n * 8 + 2 * (lane % 4);
@@ -344,7 +348,8 @@ class DkvKernel {
 
   const DkvLaunch& launch_;
   const AttnBwd& p_;
-  const KeyTask& task_;
+  const KeyTask* tasks_;
+  int count_;
   Smem& smem_;
 };
 
@@ -358,21 +363,21 @@ __device__ __forceinline__ int range_task(const KeyPlan& plan) {
   return piece < tile.tasks ? tile.task + tile.tasks - 1 - piece : -1;
 }
 
-/// The same of lists, which all are walked from the last queries on. Tasks that run together share
-/// rows where they are at the same place, so they start together: the keys of a head from the last
-/// ones, with the shortest lists, to the first, every other round of the multiprocessors the other
-/// way round, so that who starts late in one ends early in the next. The head that ends the launch
-/// ends with its short tasks.
-__device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int multiprocessors) {
-  const int tasks = *plan.num_tasks, block = blockIdx.x;
-  if (block >= tasks) return -1;
-  // Where the tasks of the second head start; the first head comes last.
-  const int last = heads > 1 ? plan.tiles[plan.groups.count * plan.parts].task : tasks;
-  const int turned = tasks - last;
-  if (block >= turned) return block - turned;
+/// The same of lists, which all are walked from the last queries on: the first of a pair of tasks.
+/// Tasks that run together share rows where they are at the same place, so they start together: the
+/// keys of a head from the last ones, with the shortest lists, to the first, every other round of
+/// the multiprocessors the other way round, so that who starts late in one ends early in the next.
+/// The head that ends the launch ends with its short tasks.
+__device__ __forceinline__ int list_tasks(const KeyPlan& plan, int heads, int multiprocessors) {
+  const int tasks = *plan.num_tasks, pairs = (tasks + 1) / 2, block = blockIdx.x;
+  if (block >= pairs) return -1;
+  // Where the pairs of the second head start; the first head comes last.
+  const int last = heads > 1 ? plan.tiles[plan.groups.count * plan.parts].task / 2 : pairs;
+  const int turned = pairs - last;
+  if (block >= turned) return 2 * (block - turned);
   const int round = block / multiprocessors * multiprocessors, i = block - round;
   const int size = min(multiprocessors, turned - round);
-  return tasks - 1 - (round + (round / multiprocessors % 2 ? size - 1 - i : i));
+  return 2 * (pairs - 1 - (round + (round / multiprocessors % 2 ? size - 1 - i : i)));
 }
 
 template <class Shape>
@@ -382,8 +387,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   char* const smem = aligned_shared_memory();
   const KeyPlan& plan = launch.args.plan;
   const int heads = static_cast<int>(launch.args.common.p.shape.heads_kv);
-  const int task = Shape::kList ? list_task(plan, heads, launch.multiprocessors) : range_task(plan);
-  if (task >= 0) DkvKernel<Shape>(launch, plan.tasks[task], smem).run();
+  const int task =
+      Shape::kList ? list_tasks(plan, heads, launch.multiprocessors) : range_task(plan);
+  if (task < 0) return;
+  const int count = Shape::kList ? min(2, *plan.num_tasks - task) : 1;
+  DkvKernel<Shape>(launch, plan.tasks + task, count, smem).run();
 #endif
 }
 
@@ -391,7 +399,7 @@ template <class Shape>
 void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
   const KeyPlan& plan = launch.args.plan;
   const int64_t blocks =
-      Shape::kList ? plan.max_tasks
+      Shape::kList ? ceil_div(plan.max_tasks, 2)
                    : launch.args.common.p.shape.heads_kv * plan.groups.count * plan.max_pieces;
   if (blocks == 0) return;
   launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), Shape::kThreads,
