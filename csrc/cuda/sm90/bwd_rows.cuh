@@ -94,12 +94,18 @@ struct RowWalk {
   }
 };
 
-/// The part of the ranges of a block's tasks that both consumer warpgroups read; none with lists.
+/// The part of the ranges of a block's tasks that both consumer warpgroups read: with lists, what
+/// two neighbours have in common.
 template <bool kList>
-__device__ __forceinline__ RowWalk::Tokens shared_tokens(const KeyTask* tasks, int) {
+__device__ __forceinline__ RowWalk::Tokens shared_tokens(const KeyTask* tasks, int count) {
   const KeyTask& a = tasks[0];
-  return kList ? RowWalk::Tokens{0, 0}
-               : RowWalk::Tokens{a.token_begin, a.token_begin + a.token_count};
+  const int end = a.token_begin + a.token_count;
+  if (!kList) return {a.token_begin, end};
+  if (count < 2) return {0, 0};
+  const KeyTask& b = tasks[1];
+  const bool any = a.batch == b.batch && a.head == b.head && a.token_begin <= b.token_begin &&
+                   b.token_begin < end && end <= b.token_begin + b.token_count;
+  return any ? RowWalk::Tokens{b.token_begin, end} : RowWalk::Tokens{0, 0};
 }
 
 /// One thread: the walk of tasks[number], one of the `count` tasks of a block of threads.
