@@ -96,8 +96,13 @@ __global__ void __launch_bounds__(kThreads)
       tile = SplitTile{place.batch,           head,           key,  keys, place_of.slots,
                        tasks > 1 ? tasks : 0, place_of.tasks, tasks};
       for (int i = 0; i < tasks; ++i) {
-        // Cut from the end: key tiles that see the same last queries then have the same pieces.
-        const int to = queries - (tasks - 1 - i) * plan.piece, from = max(0, to - plan.piece);
+        // Ranges are cut from the end: key tiles that see the same last queries then have the same
+        // pieces. Lists are cut evenly: tasks next to each other may share a block of threads.
+        const auto cut = [&](int i) {
+          return plan.has_list ? static_cast<int>(int64_t{queries} * i / tasks)
+                               : max(0, queries - (tasks - i) * plan.piece);
+        };
+        const int from = cut(i), to = cut(i + 1);
         const int list_from = min(from, list), list_to = min(to, list);
         plan.tasks[place_of.tasks++] = KeyTask{place.batch,
                                                head,
