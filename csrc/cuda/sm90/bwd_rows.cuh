@@ -156,8 +156,9 @@ __device__ __forceinline__ void make_walk(const DkvLaunch& launch, const KeyTask
   walk.position = sequence.position(0);
 }
 
-/// One warp: copies of the tiles of Q and dO. A list's tokens are loaded one by one; the list is
-/// read a tile ahead.
+/// One warp: copies of the tiles of Q and dO. A list's tokens are loaded one by one. It is read
+/// three tiles ahead of the ring, and its rows are brought into L2 two tiles ahead: the ring is not
+/// deep enough for what memory takes.
 template <class Shape, class Smem>
 __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, Smem& smem) {
   constexpr int kQPanels = Shape::kDimQk / 64, kPanels = kQPanels + Shape::kDimV / 64;
@@ -168,7 +169,10 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, Smem& sm
   const auto token_of = [&](int number, int slot) {
     return slot < tokens ? walk.listed(number, slot, tokens) : -1;
   };
-  int next = Shape::kList ? token_of(-walk.list_tiles, lane) : 0;
+  const auto row_of = [&](int token) { return token < 0 ? nowhere : walk.first_row + token; };
+  int next[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) next[i] = Shape::kList ? token_of(i - walk.list_tiles, lane) : 0;
   RingPosition<Shape::kStages> at;
   for (int place = 0; place < walk.places; ++place, at.advance()) {
     mbarrier_wait(smem_addr(&smem.empty[at.slot]), at.parity ^ 1);
@@ -179,8 +183,10 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, Smem& sm
     const bool listed = Shape::kList && number < 0;
     int token;
     if (listed) {
-      token = next;
-      next = token_of(number + 1, lane);
+      token = next[0];
+      next[0] = next[1];
+      next[1] = next[2];
+      next[2] = token_of(number + 3, lane);
     } else {
       token = walk.range[walk.is_shared(place)].begin + number * tokens;
     }
@@ -189,8 +195,7 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, Smem& sm
 #pragma unroll 1
       for (int i = 0; i < tokens; ++i) {
         if (i == 32) token = token_of(number, 32 + lane);
-        const int row =
-            __shfl_sync(kFullWarp, token < 0 ? nowhere : walk.first_row + token, i % 32);
+        const int row = __shfl_sync(kFullWarp, row_of(token), i % 32);
         const uint32_t to = dst + (i << (7 + launch.log2_group));
         if (lane == 0) {
 #pragma unroll
@@ -198,6 +203,16 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, Smem& sm
             tma_load(to + panel * kPanelBytes,
                      panel < kQPanels ? &launch.q_token : &launch.dout_token, full,
                      (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head, row, batch);
+        }
+      }
+#pragma unroll 1
+      for (int i = 0; i < min(tokens, 32); ++i) {
+        const int row = __shfl_sync(kFullWarp, row_of(next[1]), i);
+        if (lane == 0 && row < nowhere) {
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel)
+            tma_prefetch(panel < kQPanels ? &launch.q_token : &launch.dout_token,
+                         (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head, row, batch);
         }
       }
     } else {

@@ -74,6 +74,7 @@ inline void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0,
   emulate_load(dst, map, bar, {c0, c1, c2, c3, c4});
 }
 
+inline void tma_prefetch(const CUtensorMap*, int, int, int, int, int) {}
 inline void prefetch_l2(const void*) {}
 
 template <int kRegisters>
