@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 template <class Shape>
 int64_t plan_shared_memory(FwdArgs& args) {
   constexpr int64_t kLimit = 227 * 1024;
-  constexpr int kLeast = Shape::kWalk == Walk::kList ? 4 : 3;  // a K, a V, and one more underway
+  // A K, a V, and one more underway; lists take pairs of them.
+  constexpr int kLeast = Shape::kWalk == Walk::kList ? 4 : 3;
   FwdParams& p = args.p;
   p.tile_tokens = Shape::kRows >> p.log2_group;
   // Token membership of a list's block is a 32-bit mask.
