@@ -259,8 +259,8 @@ void change(Tensor& x, std::mt19937& random, int64_t first) {
     if (x.position(i) >= first) x.set_flat(i, value(random));
 }
 
-/// What a token gets depends, to the last bit, on nothing after it, which rows of the same warp
-/// are.
+/// What a token gets depends, to the last bit, on nothing after it, not even on the later tokens
+/// whose rows its warp holds.
 void check_causality(const Case& c, int64_t cut) {
   const Inputs inputs(c);
   Inputs changed(c);

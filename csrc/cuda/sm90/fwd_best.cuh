@@ -23,11 +23,10 @@ class BestBlocks {
 
   __device__ __forceinline__ BestBlocks(Memory& memory, int lane) : memory_(memory), lane_(lane) {}
 
-  /// Nothing of a token, of which at most `capacity` <= 32 blocks are wanted.
+  /// Nothing of a token, of which at most `capacity` <= 32 blocks are wanted. bound() comes next.
   __device__ __forceinline__ void clear(int token, int capacity) {
     count_[token] = 0;
     capacity_[token] = capacity;
-    exceed_[token] = capacity == 0 ? 0x7fffffff : kNoScore;
   }
 
   /// From the best score that each lane has seen of each token, what its best blocks exceed. The

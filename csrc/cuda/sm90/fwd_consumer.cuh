@@ -63,7 +63,7 @@ class Consumer {
       constexpr int kBatch = kWalk == Walk::kRange ? Shape::kDimV / 32 : 1;
       write_rows<T, Shape::kDimV, kBatch>(p, job, row, o, stats);
     }
-    wait_for_previous();
+    wait_for_previous();  // without a job, too: the end of a kernel is that of all before it
   }
 
  private:
