@@ -22,9 +22,19 @@ constexpr int64_t kTargetTasks = 3072, kHopperTargetTasks = 1536, kMinSplits = 1
 constexpr int64_t kMinTaskRows = 4096;
 constexpr int64_t kMinChunkRows = 64, kSortingWarps = 1024;
 
+// dS of a slice (Slices) takes at most this much, or what one query tile needs. Smaller slices cost
+// more: each key tile that it sees reads and writes its sums once a slice.
+#ifdef NSA_EMULATION
+constexpr int64_t kSliceBytes = 64 << 10;
+#else
+constexpr int64_t kSliceBytes = 256 << 20;
+#endif
+constexpr int64_t kSliceTaskRows = 16384, kExtraSlots = 256;
+
 /// Which kernels of a call are those for Hopper.
 struct Hopper {
   bool dq = false, ranges = false, lists = false;
+  bool keep_ds = false;  // of the selected branch, from dK/dV to dQ (Slices)
 };
 
 /// Everything that the kernels of one call get, on one workspace.
@@ -34,12 +44,36 @@ struct Job {
   bool selected, shared_window;
   InvertedIndex index{};
   DqArgs dq{};
+  Slices slices{};
   UnionBlock* union_blocks = nullptr;
   int32_t* union_counts = nullptr;
   int num_plans = 0;
   KeyPlan plans[kNumBranches];
   int64_t bytes;
 };
+
+/// Query tiles by slices.
+Slices make_slices(const AttnBwd& p, const Hopper& hopper, const TileMap& tiles,
+                   WorkspaceCursor& workspace) {
+  const AttnShape& s = p.shape;
+  const int64_t jobs = s.heads_kv * tiles.count;
+  Slices slices{tiles};
+  slices.size = static_cast<int>(jobs);
+  slices.count = 1;
+  if (!hopper.keep_ds || jobs == 0) return slices;
+  const int64_t padded_group = int64_t{1} << sm90::log2_padded_group(s.heads_q / s.heads_kv);
+  slices.units = static_cast<int>(p.index_count * ceil_div<int64_t>(p.config.select_size, 64));
+  slices.unit_bytes = static_cast<int>(padded_group * 64 * 2);
+  const int64_t tile_bytes = int64_t{tiles.tile} * slices.units * slices.unit_bytes;
+  int64_t size = std::clamp<int64_t>(kSliceBytes / tile_bytes, 1, jobs);
+  // Whole rounds of dQ.
+  const int64_t round = multiprocessor_count();
+  if (size > round && size < jobs) size = size / round * round;
+  slices.size = static_cast<int>(size);
+  slices.count = static_cast<int>(ceil_div(jobs, size));
+  slices.grads = workspace.take<char>(size * tile_bytes);
+  return slices;
+}
 
 /// Queries that the key tiles of a plan have in all, at most.
 int64_t count_queries(const AttnBwd& p, const KeyPlan& plan) {
@@ -62,7 +96,7 @@ int64_t count_queries(const AttnBwd& p, const KeyPlan& plan) {
 
 /// The dK/dV work of `branch`. The window may ride on the selected branch's keys.
 KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, const Hopper& hopper,
-                  WorkspaceCursor& workspace, int64_t& partial_floats) {
+                  const Slices& slices, WorkspaceCursor& workspace, int64_t& partial_floats) {
   const AttnShape& s = p.shape;
   const BlockConfig& c = p.config;
   KeyPlan plan{};
@@ -97,8 +131,24 @@ KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, const Hopper
   if (plan.range_branch == kWindow)
     longest += std::min<int64_t>(s.seqlen_q, int64_t{c.window} + plan.task_keys);
   plan.max_pieces = static_cast<int>(std::max<int64_t>(1, ceil_div<int64_t>(longest, plan.piece)));
-  plan.tasks = workspace.take<KeyTask>(plan.max_tasks);
-  plan.num_tasks = workspace.take<int>(1);
+  if (plan.has_list && slices.keep_ds()) {
+    // Of a slice: tiles of the heads that it has a part of, and full pieces.
+    const int64_t heads =
+        std::min<int64_t>(s.heads_kv, (slices.size - 2) / slices.tiles.count + 2);
+    const int64_t slice_tiles = heads * plan.groups.count * plan.parts;
+    const int64_t slice_tokens = int64_t{slices.size} * slices.tiles.tile;
+    plan.piece = static_cast<int>(round_up<int64_t>(ceil_div(kSliceTaskRows, group), 32));
+    const int64_t slice_queries =
+        std::min(slice_tokens * p.index_count * plan.parts, queries) +
+        (plan.range_branch < 0 ? 0 : slice_tiles * (c.window + plan.task_keys));
+    plan.max_tasks = static_cast<int>(grid_size(slice_tiles + slice_queries / plan.piece));
+    plan.max_slots = static_cast<int>(tiles + kExtraSlots);
+    plan.cuts = workspace.take<int2>(slices.count * s.heads_kv * plan.groups.count);
+    plan.slice_piece = workspace.take<int>(1);
+  }
+  const int64_t slice_count = plan.has_list ? slices.count : 1;
+  plan.tasks = workspace.take<KeyTask>(slice_count * plan.max_tasks);
+  plan.num_tasks = workspace.take<int>(slice_count);
   plan.tiles = workspace.take<SplitTile>(tiles);
   partial_floats =
       std::max(partial_floats, int64_t{plan.max_slots} * plan.task_keys * (s.dim_qk + s.dim_v));
@@ -136,17 +186,21 @@ Job make_job(const AttnBwd& p, const Hopper& hopper, void* memory) {
     index.count = workspace.take<int32_t>(lists);
     index.begin = workspace.take<int32_t>(lists);
     index.queries = workspace.take<int32_t>(entries);
+    index.chosen = workspace.take<uint8_t>(s.heads_kv * s.total_q);
     const int64_t tiles = s.heads_kv * job.dq.tiles.count;
     job.union_blocks = workspace.take<UnionBlock>(tiles * job.dq.tile_tokens * p.index_count);
     job.union_counts = workspace.take<int32_t>(tiles);
     job.dq.union_blocks = job.union_blocks;
     job.dq.union_counts = job.union_counts;
   }
+  job.slices = make_slices(p, hopper, job.dq.tiles, workspace);
+  job.slices.chosen = job.index.chosen;
+  job.dq.slices = job.slices;
   int64_t partial_floats = 0;
   for (int c = 0; c < kNumBranches; ++c)
     if (p.branch[c].enabled && !(c == kWindow && job.shared_window))
       job.plans[job.num_plans++] =
-          make_plan(p, c, job.shared_window, hopper, workspace, partial_floats);
+          make_plan(p, c, job.shared_window, hopper, job.slices, workspace, partial_floats);
   // One after the other, the plans use the same memory.
   float* partial = workspace.take<float>(partial_floats);
   for (KeyPlan& plan : job.plans) plan.partial = partial;
@@ -203,13 +257,14 @@ const char* hopper_unsupported(const AttnBwd& p) {
 Hopper choose_kernels([[maybe_unused]] const AttnBwd& p, Backend backend) {
   if (backend == Backend::kSm80) return {};
 #ifdef NSA_EXT_WITH_SM90
-  const Hopper all{true, true, true};
+  const AttnShape& s = p.shape;
+  Hopper all{true, true, true};
+  all.keep_ds = p.branch[kSelected].enabled && s.total_q > 0 && s.total_k > 0;
   const char* reason = hopper_unsupported(p);
   if (backend == Backend::kSm90) {
     if (reason) throw std::invalid_argument(reason);
     return all;
   }
-  const AttnShape& s = p.shape;
   const int64_t group = s.heads_q / s.heads_kv;
   const bool timed = group >= 8 && group <= 16;
   return timed && !reason ? all : Hopper{};
@@ -229,6 +284,8 @@ void check(const AttnBwd& p) {
   if (p.branch[kWindow].enabled && !p.branch[kWindow].dk.ptr && !p.branch[kSelected].enabled &&
       s.total_k > 0)
     throw std::invalid_argument("the window's dk and dv need a place");
+  if (s.seqlen_q >= 1 << kListTokenBits)
+    throw std::invalid_argument("a sequence of 2^26 queries or more");
   const int64_t batch = s.cu_seqlens_q ? 1 : s.batch;
   check_rows_aligned(p.q, "q", batch, s.heads_q);
   check_rows_aligned(p.dout, "dout", batch, s.heads_q);
@@ -253,14 +310,27 @@ void run(const AttnBwd& p, const Hopper& hopper, void* memory, cudaStream_t stre
     launch_count_selection(p, job.index, stream);
     launch_union_selection(job.dq, job.union_blocks, job.union_counts, stream);
   }
-  kernels.dq(job.dq, stream);
+  const bool keep_ds = job.slices.keep_ds();
+  if (!keep_ds) kernels.dq(job.dq, stream);
   if (p.branch[kCompressed].enabled && p.shape.cu_seqlens_k)
     launch_zero_unused_rows<T>(job.common, stream);
   for (int i = 0; i < job.num_plans; ++i) {
-    const DkvArgs args{job.common, job.plans[i], job.index.queries};
-    launch_plan_key_tasks(p, args.plan, job.index, stream);
-    if (args.plan.has_list) launch_fill_selection(p, job.index, stream);
-    (args.plan.has_list ? kernels.lists : kernels.ranges)(args, stream);
+    DkvArgs args{job.common, job.plans[i], job.index.queries, job.slices};
+    if (args.plan.has_list && keep_ds) {
+      launch_begin_lists(p, job.index, stream);
+      launch_fill_selection(p, job.index, stream);
+      launch_plan_slices(p, args.plan, job.index, job.slices, stream);
+      DqArgs dq = job.dq;
+      for (int slice = 0; slice < job.slices.count; ++slice) {
+        args.slice = dq.slice = slice;
+        kernels.lists(args, stream);
+        kernels.dq(dq, stream);
+      }
+    } else {
+      launch_plan_key_tasks(p, args.plan, job.index, stream);
+      if (args.plan.has_list) launch_fill_selection(p, job.index, stream);
+      (args.plan.has_list ? kernels.lists : kernels.ranges)(args, stream);
+    }
     launch_bwd_sum<T>(args, stream);
   }
 }

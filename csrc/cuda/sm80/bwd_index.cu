@@ -38,6 +38,20 @@ __device__ __forceinline__ LaneBlocks unique_blocks(LaneBlocks x, int count, int
   return x;
 }
 
+/// How many of the row's blocks come before each of a lane's.
+__device__ __forceinline__ LaneBlocks ranks_of(const LaneBlocks& x, int count) {
+  LaneBlocks rank{{0, 0}};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    for (int i = 0; i < min(32, count - 32 * j); ++i) {
+      const int other = __shfl_sync(kFullWarp, x.block[j], i);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) rank.block[k] += other >= 0 && other < x.block[k];
+    }
+  }
+  return rank;
+}
+
 /// Candidates of position t: blocks 0 .. t / l'.
 __device__ __forceinline__ int num_candidates(int t, const BlockConfig& config) {
   return t < 0 ? 0 : t / config.select_size + 1;
@@ -102,11 +116,19 @@ __global__ void __launch_bounds__(32 * kMaxWalkWarps)
         }
         const LaneBlocks blocks = unique_blocks(current[j], p.index_count, lane,
                                                 num_candidates(sequence.position(i), p.config));
+        LaneBlocks ranks{};
+        if (kFill) {
+          ranks = ranks_of(blocks, p.index_count);
+          const int chosen = __popc(__ballot_sync(kFullWarp, blocks.block[0] >= 0)) +
+                             __popc(__ballot_sync(kFullWarp, blocks.block[1] >= 0));
+          if (lane == 0)
+            index.chosen[head * p.shape.total_q + base + j] = static_cast<uint8_t>(chosen);
+        }
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           if (blocks.block[k] < 0) continue;
           int32_t& place = cursor[index.blocks.first(b) + blocks.block[k]];
-          if (kFill) index.queries[place] = i;
+          if (kFill) index.queries[place] = list_entry(i, ranks.block[k]);
           ++place;
         }
         ++i;

@@ -35,6 +35,11 @@ void launch_fill_selection(const AttnBwd& p, const InvertedIndex& index, cudaStr
 /// The union of the lists of each query tile's tokens, blocks ascending.
 void launch_union_selection(const DqArgs& args, UnionBlock* blocks, int32_t* counts,
                             cudaStream_t stream);
+/// Lists the tasks of a plan by slices, from lists that are there; launch_begin_lists comes before
+/// they are filled.
+void launch_begin_lists(const AttnBwd& p, const InvertedIndex& index, cudaStream_t stream);
+void launch_plan_slices(const AttnBwd& p, const KeyPlan& plan, const InvertedIndex& index,
+                        const Slices& slices, cudaStream_t stream);
 /// Lists the tasks of a plan; with lists also sets index.begin.
 void launch_plan_key_tasks(const AttnBwd& p, const KeyPlan& plan, const InvertedIndex& index,
                            cudaStream_t stream);

@@ -89,15 +89,27 @@ struct alignas(16) UnionBlock {
   uint32_t unused;
 };
 
+/// An entry of an inverted list: a query, by its index within its sequence, and its rank: how many
+/// of the blocks that the query chose come before this one.
+inline constexpr int kListTokenBits = 26;
+NSA_HOST_DEVICE int32_t list_entry(int token, int rank) {
+  return static_cast<int32_t>(static_cast<uint32_t>(rank) << kListTokenBits | token);
+}
+NSA_HOST_DEVICE int list_token(int32_t entry) { return entry & ((1 << kListTokenBits) - 1); }
+NSA_HOST_DEVICE int list_rank(int32_t entry) {
+  return static_cast<int>(static_cast<uint32_t>(entry) >> kListTokenBits);
+}
+
 /// Which (query, kv head) pairs chose a selection block: stable counting sort of block_indices.
-/// Lists hold query indices within their sequence, ascending.
+/// Queries of a list ascend.
 struct InvertedIndex {
   TileMap blocks;          // selection blocks of all sequences
   int chunk_rows, chunks;  // query rows that one warp sorts, and how many such pieces there are
   int32_t* cursor;         // (Hkv, chunks, blocks): counts, then where the chunk's entries start
   int32_t* count;          // (Hkv, blocks)
   int32_t* begin;          // (Hkv, blocks): where the list starts in `queries`
-  int32_t* queries;        // (total_q * Hkv * n)
+  int32_t* queries;        // (total_q * Hkv * n): list_entry
+  uint8_t* chosen;         // (Hkv, total_q): valid blocks of a row
 };
 
 /// Work of one block of the dK/dV kernel: up to task_keys keys, and the queries that send them
@@ -108,7 +120,8 @@ struct alignas(16) KeyTask {
   int list_begin, list_count;
   int token_begin, token_count;
   int slot;  // of `partial`, or -1: the only task of its keys, writes dK and dV itself
-  int unused[3];
+  int add;   // to what earlier tasks left in the slot
+  int unused[2];
 };
 
 /// A key tile and its tasks; with more than one, its gradient is the sum of their partial results.
@@ -119,7 +132,28 @@ struct alignas(16) SplitTile {
   int task, tasks;  // the tile's tasks: task, task + 1, ...
 };
 
-/// The dK/dV work of one kernel launch, laid out on the device by `plan_key_tasks`.
+/// The Hopper kernels hand dS of the selected branch from dK/dV to dQ, which else works it out anew,
+/// for rows of tokens too that did not choose a block. It is in memory for one slice of the query
+/// tiles at a time: both kernels take a slice in turn, and dK and dV are added up slice by slice.
+struct Slices {
+  TileMap tiles;          // of query tokens
+  int size, count;        // query tiles of a slice, slices; one of all tiles where dS stays behind
+  int units;              // of a token: the blocks that it chose, ascending, 64 keys a unit; or 0
+  int unit_bytes;         // the token's padded group times 64 keys
+  char* grads;            // (size, tile, units) units, or null
+  const uint8_t* chosen;  // as InvertedIndex
+
+  /// Whether dS is handed on.
+  NSA_HOST_DEVICE bool keep_ds() const { return units > 0; }
+  /// Query tiles are worked off head by head, the last ones first.
+  NSA_HOST_DEVICE int job(int head, int number) const {
+    return head * tiles.count + tiles.count - 1 - number;
+  }
+  NSA_HOST_DEVICE int head(int job) const { return job / tiles.count; }
+  NSA_HOST_DEVICE int number(int job) const { return tiles.count - 1 - job % tiles.count; }
+};
+
+/// The dK/dV work of one kernel launch, or one a slice, laid out on the device by bwd_plan.cu.
 struct KeyPlan {
   TileMap groups;    // runs of group_keys keys
   int task_keys;     // keys of a task, at most
@@ -131,8 +165,11 @@ struct KeyPlan {
   int piece;         // queries of a task, at most
   int max_tasks, max_slots;
   int max_pieces;  // tasks of one key tile, at most
-  KeyTask* tasks;
-  int* num_tasks;
+  KeyTask* tasks;  // (slices, max_tasks)
+  int* num_tasks;  // (slices)
+  // Of a plan by slices:
+  int2* cuts;        // (slices, Hkv, groups): where a slice's part of a list starts, and its length
+  int* slice_piece;  // `piece`, or more where slots run out
   SplitTile* tiles;  // (Hkv, groups, parts)
   float* partial;    // (slots, task_keys * (Dk + Dv))
 };
@@ -150,12 +187,16 @@ struct DqArgs {
   const UnionBlock* union_blocks;  // (Hkv, tiles, tile_tokens * n)
   const int32_t* union_counts;     // (Hkv, tiles)
   int stages;                      // of the ring of key tiles
+  Slices slices;
+  int slice;
 };
 
 struct DkvArgs {
   BwdArgs common;
   KeyPlan plan;
   const int32_t* list;
+  Slices slices;
+  int slice;
 };
 
 }  // namespace nsa::cuda::bwd

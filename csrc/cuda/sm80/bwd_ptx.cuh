@@ -26,4 +26,12 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t src) {
                : "memory");
 }
 
+/// Of an 8 x 8 matrix of 16-bit values a lane holds columns 2 (lane % 4) and the next of row
+/// lane / 4; the same of the transposed matrix.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 }  // namespace nsa::cuda::bwd

@@ -96,7 +96,7 @@ class RowSource {
  private:
   /// The query at a place of the walk, -1 past the end.
   __device__ __forceinline__ int token_at(int query) const {
-    if (query < task_.list_count) return list_[query];
+    if (query < task_.list_count) return list_token(list_[query]);
     query -= task_.list_count;
     return query < task_.token_count ? task_.token_begin + query : -1;
   }

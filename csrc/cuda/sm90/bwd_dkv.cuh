@@ -9,11 +9,14 @@
 // both read every tile; with lists both own the same keys, take every other tile, and add up at the
 // end.
 //
+// With lists dS may be left in memory for dQ (Slices): in the registers' order of dQ's A operand.
+//
 // Barriers: `full` of a slot takes the three producer warps, their copies, and the bytes of Q and
 // dO; `empty` the consumers' warps, those that only pass over the tile too: who waits two phases
 // ahead of a barrier, or behind it, does not see its own.
 #pragma once
 
+#include "cuda/device/pdl.cuh"
 #include "cuda/sm90/bwd_rows.cuh"
 
 namespace nsa::cuda::bwd::sm90 {
@@ -148,6 +151,8 @@ class DkvKernel {
     pin(dk);
     pin(dv);
     mbarrier_wait(smem_addr(&smem_.keys_full), 0);
+    // What is written from here on, dQ of the slice before may still read.
+    if constexpr (Shape::kList) wait_for_previous();
     if (count > 0) walk_tiles(consumer, count, at, dk, dv);
     pass_over(total - first - (Shape::kList ? max(2 * count - 1, 0) : count), at);
     if constexpr (Shape::kList) add_up(consumer, dk, dv);
@@ -217,6 +222,8 @@ class DkvKernel {
         wgmma_wait<1>();
         pin(dp);
         make_ds(p_packed, dp, ds_packed, info, column);
+        if (Shape::kList && launch_.args.slices.keep_ds())
+          store_ds(ds_packed, info, step * kColumns);
         wgmma_wait<0>();
         pin(dv);
         previous_q = q;
@@ -263,6 +270,27 @@ class DkvKernel {
         packed[2 * n + i] =
             pack2<T>(p.x * (dp[4 * n + 2 * i] - delta.x), p.y * (dp[4 * n + 2 * i + 1] - delta.y));
       }
+    }
+  }
+
+  /// dS of a step's rows to their units: keys by 16, one warp's here and a step of dQ's product
+  /// there; of these the rows, of a row what a lane holds of an A operand.
+  __device__ __forceinline__ void store_ds(const uint32_t (&ds)[kScores / 2],
+                                           const RowTileInfo& info, int first_row) const {
+    const int lane = threadIdx.x % 32, key_step = threadIdx.x % 128 / 32;
+    const int padded_group = 1 << launch_.log2_group;
+    // Of keys that are not the task's the tile has scores, too.
+    const int key = key_step * 16 + lane / 4;
+    const uint32_t keep[2] = {key < task_.keys ? ~0u : 0, key + 8 < task_.keys ? ~0u : 0};
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const uint2 x{transpose_8x8(ds[2 * n] & keep[0]), transpose_8x8(ds[2 * n + 1] & keep[1])};
+      const int row = first_row + n * 8 + lane / 4;
+      const int unit = info.grads[row >> launch_.log2_group];
+      const int place = (key_step << launch_.log2_group) + (row & (padded_group - 1));
+      char* const dst = launch_.args.slices.grads +
+                        static_cast<int64_t>(unit) * launch_.args.slices.unit_bytes;
+      if (unit >= 0) *reinterpret_cast<uint2*>(dst + (place * 4 + lane % 4) * 8) = x;
     }
   }
 
@@ -328,9 +356,12 @@ class DkvKernel {
       for (int n = 0; n < kDim / 8; ++n) {
         const int column = n * 8 + 2 * (lane % 4);
         const float x = acc[4 * n + 2 * half] * factor, y = acc[4 * n + 2 * half + 1] * factor;
-        if (slot >= 0)
-          *reinterpret_cast<float2*>(partial + row * kDim + column) = make_float2(x, y);
-        else
+        if (slot >= 0) {
+          float2* const sum = reinterpret_cast<float2*>(partial + row * kDim + column);
+          float2 before{0.0f, 0.0f};
+          if (Shape::kList && task_.add) before = __ldcg(sum);
+          *sum = make_float2(before.x + x, before.y + y);
+        } else
           *reinterpret_cast<uint32_t*>(dst + row * view.seq + column) = pack2<T>(x, y);
       }
     }
@@ -369,6 +400,11 @@ __device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int mul
   return tasks - 1 - (round + (round / multiprocessors % 2 ? size - 1 - i : i));
 }
 
+/// The same by slices: the last keys first, which a window and the forced blocks make the longest.
+__device__ __forceinline__ int slice_task(const KeyPlan& plan, int slice) {
+  return max(plan.num_tasks[slice] - 1 - static_cast<int>(blockIdx.x), -1);
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
@@ -376,8 +412,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   char* const smem = aligned_shared_memory();
   const KeyPlan& plan = launch.args.plan;
   const int heads = static_cast<int>(launch.args.common.p.shape.heads_kv);
-  const int task = Shape::kList ? list_task(plan, heads, launch.multiprocessors) : range_task(plan);
-  if (task >= 0) DkvKernel<Shape>(launch, plan.tasks[task], smem).run();
+  const int slice = launch.args.slice;
+  const bool sliced = Shape::kList && launch.args.slices.keep_ds();
+  if (sliced) launch_dependents();
+  const int task = sliced         ? slice_task(plan, slice)
+                   : Shape::kList ? list_task(plan, heads, launch.multiprocessors)
+                                  : range_task(plan);
+  if (task >= 0)
+    DkvKernel<Shape>(launch, plan.tasks[int64_t{slice} * plan.max_tasks + task], smem).run();
+  else if (sliced)
+    wait_for_previous();
 #endif
 }
 
@@ -388,8 +432,13 @@ void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
       Shape::kList ? plan.max_tasks
                    : launch.args.common.p.shape.heads_kv * plan.groups.count * plan.max_pieces;
   if (blocks == 0) return;
-  launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), Shape::kThreads,
-                sizeof(typename Shape::Smem), stream, launch);
+  // The first slice's needs what comes before it, those after it only what comes before that.
+  if (launch.args.slice > 0)
+    launch_overlapping(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks),
+                       Shape::kThreads, sizeof(typename Shape::Smem), stream, launch);
+  else
+    launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks),
+                  Shape::kThreads, sizeof(typename Shape::Smem), stream, launch);
 }
 
 template <class T, int kDimQk, int kDimV>

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cuda/device/pdl.cuh"
 #include "cuda/sm90/bwd_tiles.cuh"
 #include "cuda/sm90/fwd_epilogue.cuh"
 
@@ -26,7 +27,7 @@ namespace nsa::cuda::bwd::sm90 {
 struct DqLaunch {
   DqArgs args;
   int log2_group;  // of the padded group
-  int jobs;        // query tiles of all heads, gaps in their numbering included
+  int first_job, end_job;  // query tiles of the slice, gaps in their numbering included
   float scale, scale_log2;
   CUtensorMap q, dout;
   CUtensorMap k[kNumBranches], v[kNumBranches];
@@ -52,11 +53,13 @@ struct DqShape : Registers<dq_consumers(kDimQk_), (kDimQk_ > 128  ? 232
   static constexpr int kFitting = (227 * 1024 - 1024 - kConsumers * kStageBytes) / kStageBytes;
   static constexpr int kStages = kFitting < 8 ? kFitting : 8;
   static_assert(kStages >= 2);
+  // Tiles of keys that a stage holds where no V is wanted.
+  static constexpr int kKeyTiles = kKBytes <= kVBytes ? 2 : 1;
 
   struct Smem {
     alignas(1024) char rows[kConsumers][kStageBytes];  // Q, then dO
-    alignas(1024) char ring[kStages][kStageBytes];     // K, then V
-    KeyTile tiles[kStages];
+    alignas(1024) char ring[kStages][kStageBytes];     // K, then V; or tiles of K
+    KeyTile tiles[kStages][kKeyTiles];
     uint64_t full[kStages], empty[kStages], rows_full[kConsumers];
   };
 };
@@ -116,8 +119,8 @@ class DqKernel {
   __device__ __forceinline__ uint32_t ring(int slot) const {
     return smem_ + offsetof(Smem, ring) + slot * Shape::kStageBytes;
   }
-  __device__ __forceinline__ uint32_t note(int slot) const {
-    return smem_ + offsetof(Smem, tiles) + slot * sizeof(KeyTile);
+  __device__ __forceinline__ uint32_t note(int slot, int tile = 0) const {
+    return smem_ + offsetof(Smem, tiles) + (slot * Shape::kKeyTiles + tile) * sizeof(KeyTile);
   }
   __device__ __forceinline__ uint32_t full(int slot) const {
     return smem_ + offsetof(Smem, full) + slot * 8;
@@ -132,14 +135,14 @@ class DqKernel {
   /// Query tile i. One kv head at a time across the grid, so that its K and V stay in L2; long rows
   /// first. Without tokens in a gap of the numbering.
   __device__ __forceinline__ Job job_at(int i) const {
-    const TileMap& tiles = launch_.args.tiles;
+    const Slices& slices = launch_.args.slices;
     Job job;
-    job.head = i / tiles.count;
-    job.number = tiles.count - 1 - i % tiles.count;
-    const TileMap::Place place = tiles.place(job.number);
+    job.head = slices.head(i);
+    job.number = slices.number(i);
+    const TileMap::Place place = slices.tiles.place(job.number);
     job.sequence = load_sequence(p_.shape, place.batch);
-    job.first = place.index * launch_.args.tile_tokens;
-    job.count = min(launch_.args.tile_tokens, job.sequence.q_len - job.first);
+    job.first = place.index * launch_.args.slices.tiles.tile;
+    job.count = min(launch_.args.slices.tiles.tile, job.sequence.q_len - job.first);
     return job;
   }
   /// The same by a whole warp, worked out anew wherever it stands: there are no registers to keep
@@ -158,11 +161,11 @@ class DqKernel {
     return (p_.config.select_size + kRows - 1) / kRows;
   }
   __device__ __forceinline__ int64_t list_of(const Job& job) const {
-    return static_cast<int64_t>(job.head) * launch_.args.tiles.count + job.number;
+    return static_cast<int64_t>(job.head) * launch_.args.slices.tiles.count + job.number;
   }
 
   __device__ __forceinline__ const UnionBlock* blocks_of(const Job& job) const {
-    return launch_.args.union_blocks + list_of(job) * launch_.args.tile_tokens * p_.index_count;
+    return launch_.args.union_blocks + list_of(job) * launch_.args.slices.tiles.tile * p_.index_count;
   }
 
   /// Key tiles of a branch.
@@ -171,6 +174,13 @@ class DqKernel {
                                : tiles_of(dense_keys(job, branch));
   }
   __device__ __forceinline__ int consumer_tokens() const { return kRows >> launch_.log2_group; }
+  __device__ __forceinline__ bool ds_in_memory() const { return launch_.args.slices.keep_ds(); }
+  __device__ __forceinline__ int first_job() const { return launch_.first_job + blockIdx.x; }
+  /// The selected branch comes last: dK and dV of the slice, whose dS it reads, then still run
+  /// beside the others.
+  static __device__ __forceinline__ int branch_at(int step) {
+    return step == 0 ? kCompressed : step == 1 ? kWindow : kSelected;
+  }
 
   // ---- Producers --------------------------------------------------------------------------------
 
@@ -208,6 +218,35 @@ class DqKernel {
     at.advance();
   }
 
+  /// The same of K alone, several tiles to a stage, of which `waiting` are there. A stage that is
+  /// not full has a last note that nobody wants.
+  __device__ __forceinline__ void load_key_tile(const KeySource& source, const KeyTile& tile,
+                                                int& waiting, bool last, Position& at) {
+    constexpr int kTiles = Shape::kKeyTiles;
+    const int slot = uniform(at.slot), row = source.first + uniform(tile.key);
+    const int place = uniform(waiting);
+    const bool full_now = place + 1 == kTiles;
+    if (threadIdx.x == 0) {
+      const uint32_t bar = full(slot), dst = ring(slot) + place * Shape::kKBytes;
+      if (place == 0) {
+        mbarrier_wait(empty(slot), at.parity ^ 1);
+        mbarrier_expect(bar, last ? Shape::kKBytes : kTiles * Shape::kKBytes);
+      }
+      store_shared_16(note(slot, place), make_uint4(static_cast<uint32_t>(tile.key),
+                                                    tile.count_wanted, tile.tokens[0],
+                                                    tile.tokens[1]));
+      if (last && !full_now) store_shared_16(note(slot, kTiles - 1), make_uint4(0, 0, 0, 0));
+#pragma unroll
+      for (int panel = 0; panel < kDimQk / 64; ++panel)
+        tma_load(dst + panel * kPanelBytes, source.k, bar, panel * 64, source.head, row,
+                 source.batch);
+      if (last || full_now) mbarrier_arrive(bar);
+    }
+    __syncwarp();
+    waiting = full_now || last ? 0 : place + 1;
+    if (full_now || last) at.advance();
+  }
+
   /// The consumers that have one of these tokens of the query tile.
   __device__ __forceinline__ uint32_t consumers_of(const uint32_t (&tokens)[2]) const {
     const int count = consumer_tokens();
@@ -230,10 +269,11 @@ class DqKernel {
   __device__ void load_keys() {
     const int lane = threadIdx.x;
     Position at;
-    for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
+    for (int number = first_job(); number < launch_.end_job; number += gridDim.x) {
       if (job_again(number).count <= 0) continue;
 #pragma unroll 1
-      for (int branch = 0; branch < kNumBranches; ++branch) {
+      for (int step = 0; step < kNumBranches; ++step) {
+        const int branch = branch_at(step);
         if (!p_.branch[branch].enabled) continue;
         const Job job = job_again(number);
         const KeySource source = key_source(job, branch);
@@ -242,6 +282,7 @@ class DqKernel {
           const int count = uniform(launch_.args.union_counts[list_of(job)]);
           const int size = p_.config.select_size;
           const uint32_t keys = static_cast<uint32_t>(min(size, kRows));
+          int waiting = 0;  // tiles of K that the stage holds already
           for (int base = 0; base < count; base += 32) {
             UnionBlock own{};
             if (base + lane < count) own = blocks[base + lane];
@@ -254,7 +295,14 @@ class DqKernel {
                             __shfl_sync(kFullWarp, own.tokens[1], i)}};
 #pragma unroll 1
               for (int part = 0; part < size; part += kRows) {
-                load_tile(source, tile, at);
+                if (ds_in_memory()) {
+                  const bool last = base + i + 1 == count && part + kRows >= size;
+                  // Nobody made dS of keys past the end.
+                  if (tile.key >= job.sequence.k_len) tile.count_wanted = 0;
+                  load_key_tile(source, tile, waiting, last, at);
+                } else {
+                  load_tile(source, tile, at);
+                }
                 tile.key += kRows;
               }
             }
@@ -279,13 +327,13 @@ class DqKernel {
 
   /// The first query tile from `number` on, in this block's steps, that has tokens.
   __device__ __forceinline__ int next_job(int number) const {
-    while (number < launch_.jobs && job_again(number).count <= 0) number += gridDim.x;
+    while (number < launch_.end_job && job_again(number).count <= 0) number += gridDim.x;
     return number;
   }
 
   /// A warpgroup: its first thread loads a query tile's rows of Q and dO, if there is one.
   __device__ __forceinline__ void load_rows(int consumer, int number) const {
-    if (number >= launch_.jobs) return;
+    if (number >= launch_.end_job) return;
     const Job job = job_again(number);
     const uint32_t bar = rows_full(consumer), dst = rows_tile(consumer);
     const int batch = static_cast<int>(job.sequence.batch);
@@ -305,9 +353,9 @@ class DqKernel {
   __device__ void consume(int consumer) {
     Position at;
     uint32_t parity = 0;
-    int number = next_job(blockIdx.x);
+    int number = next_job(first_job());
     load_rows(consumer, number);
-    while (number < launch_.jobs) {
+    while (number < launch_.end_job) {
       RowPair rows;
       const int first_row = warp_row() + threadIdx.x % 32 / 4;
       const int job_tokens = job_again(number).count;
@@ -325,12 +373,17 @@ class DqKernel {
       mbarrier_wait(rows_full(consumer), parity);
       parity ^= 1;
 #pragma unroll 1
-      for (int branch = 0; branch < kNumBranches; ++branch) {
+      for (int step = 0; step < kNumBranches; ++step) {
+        const int branch = branch_at(step);
         if (!p_.branch[branch].enabled) continue;
         int left;
         {
           const Job job = job_again(number);
           left = uniform(count_tiles(job, branch));
+          if (branch == kSelected && ds_in_memory()) {
+            add_from_memory(consumer, job, first_row, left, rows, at, dq);
+            continue;
+          }
           load_branch(job, branch, first_row, rows);
         }
         for (; left > 0; --left) {
@@ -348,6 +401,7 @@ class DqKernel {
       store(job_again(number), first_row, rows, dq);
       number = next;
     }
+    wait_for_previous();  // a block that had nothing to wait for, too
   }
 
   /// Query head of a row, within the group.
@@ -441,6 +495,78 @@ class DqKernel {
     pin(dq);
   }
 
+  /// What a lane holds of a row's units of dS: the next one is on its way while the one before it
+  /// is multiplied.
+  struct RowUnits {
+    const char* next;
+    int left;
+    uint2 ds[4];  // of the unit before `next`, by steps of 16 keys
+
+    __device__ __forceinline__ void load(int step_bytes, int unit_bytes) {
+      if (left <= 0) return;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) ds[k] = __ldcg(reinterpret_cast<const uint2*>(next + k * step_bytes));
+      next += unit_bytes;
+      --left;
+    }
+  };
+
+  /// The selected blocks where dS is in memory: `tiles` tiles of 64 keys, a row's units in the
+  /// order in which its blocks come along.
+  __device__ __forceinline__ void add_from_memory(int consumer, const Job& job, int first_row,
+                                                  int tiles, const RowPair& rows, Position& at,
+                                                  float (&dq)[kDimQk / 2]) const {
+    const Slices& slices = launch_.args.slices;
+    const int step_bytes = 32 << launch_.log2_group;
+    RowUnits units[2];
+    wait_for_previous();
+    launch_dependents();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = max(rows.token[half], 0);
+      const int job_in_slice = slices.job(job.head, job.number) - launch_.first_job;
+      const int64_t unit = int64_t{job_in_slice * slices.tiles.tile + token} * slices.units;
+      units[half].next = slices.grads + unit * slices.unit_bytes +
+                         head_of(first_row + 8 * half) * 32 + threadIdx.x % 4 * 8;
+      units[half].left = 0;
+      if (rows.token[half] >= 0)
+        units[half].left = tiles_of_block() *
+                           __ldg(slices.chosen + job.head * p_.shape.total_q +
+                                 job.sequence.q_row + job.first + token);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) units[half].ds[k] = {0, 0};
+      units[half].load(step_bytes, slices.unit_bytes);
+    }
+    for (int left = tiles; left > 0; left -= Shape::kKeyTiles) {
+      mbarrier_wait(full(at.slot), at.parity);
+#pragma unroll
+      for (int i = 0; i < Shape::kKeyTiles; ++i) {
+        const uint4 tile = load_shared_16(note(at.slot, i));
+        if (!__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1)) continue;
+        uint32_t ds[kScores / 2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int token = rows.token[half];
+          const uint32_t bits = token < 32 ? tile.z : tile.w;
+          const bool looks = token >= 0 && (bits >> token % 32 & 1);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            ds[4 * k + half] = looks ? units[half].ds[k].x : 0;
+            ds[4 * k + 2 + half] = looks ? units[half].ds[k].y : 0;
+          }
+          if (looks) units[half].load(step_bytes, slices.unit_bytes);
+        }
+        wgmma_fence();
+        issue_update<T, kDimQk, kRows / 16>(dq, ds, uniform(ring(at.slot) + i * Shape::kKBytes));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(dq);
+      }
+      mbarrier_arrive_warp(empty(at.slot));
+      at.advance();
+    }
+  }
+
   /// Rows of 16 bytes a lane: the four lanes of a quad exchange their columns first.
   __device__ __forceinline__ void store(const Job& job, int first_row, const RowPair& rows,
                                         const float (&dq)[kDimQk / 2]) const {
@@ -486,11 +612,14 @@ template <class T, int kDimQk, int kDimV>
 void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
   using Shape = DqShape<T, kDimQk, kDimV>;
   const AttnBwd& p = args.common.p;
-  const unsigned jobs = grid_size(p.shape.heads_kv * args.tiles.count);
-  if (jobs == 0 || p.shape.total_q == 0) return;
+  const Slices& slices = args.slices;
   DqLaunch launch{args};
   launch.log2_group = log2_padded_group(args.common.group);
-  launch.jobs = static_cast<int>(jobs);
+  launch.first_job = args.slice * slices.size;
+  launch.end_job = static_cast<int>(
+      std::min(p.shape.heads_kv * slices.tiles.count, int64_t{launch.first_job} + slices.size));
+  const int jobs = launch.end_job - launch.first_job;
+  if (jobs <= 0 || p.shape.total_q == 0) return;
   launch.scale = static_cast<float>(p.shape.softmax_scale);
   launch.scale_log2 = static_cast<float>(p.shape.softmax_scale * 1.4426950408889634);
   const int padded = 1 << launch.log2_group;
@@ -501,9 +630,14 @@ void launch_bwd_dq(const DqArgs& args, cudaStream_t stream) {
     launch.k[c] = key_map(p, c, p.branch[c].k, kDimQk);
     launch.v[c] = key_map(p, c, p.branch[c].v, kDimV);
   }
-  launch_kernel(bwd_dq_kernel<Shape>, "sm90::bwd_dq_kernel",
-                std::min(jobs, static_cast<unsigned>(multiprocessor_count())), Shape::kThreads,
-                sizeof(typename Shape::Smem), stream, launch);
+  const unsigned blocks = static_cast<unsigned>(std::min(jobs, multiprocessor_count()));
+  // Beside the end of dK and dV of the slice, which waits for nothing that is not there.
+  if (slices.keep_ds())
+    launch_overlapping(bwd_dq_kernel<Shape>, "sm90::bwd_dq_kernel", blocks, Shape::kThreads,
+                       sizeof(typename Shape::Smem), stream, launch);
+  else
+    launch_kernel(bwd_dq_kernel<Shape>, "sm90::bwd_dq_kernel", blocks, Shape::kThreads,
+                  sizeof(typename Shape::Smem), stream, launch);
 }
 
 }  // namespace nsa::cuda::bwd::sm90

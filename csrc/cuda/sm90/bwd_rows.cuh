@@ -11,6 +11,8 @@ namespace nsa::cuda::bwd::sm90 {
 struct RowTileInfo {
   float lse_log2[kRows], delta[kRows], gate[kRows];
   int key_begin[kRows], key_end[kRows];
+  // Units of Slices where dS of a listed token goes; negative: nowhere.
+  int grads[kRows];
   // Whether some row of the first and second half does not see all of the 64 keys of a warpgroup.
   int masked[2][2];
 };
@@ -39,16 +41,17 @@ struct RowWalk {
         list_tiles((task.list_count + tokens - 1) >> (6 - launch.log2_group)),
         tiles(list_tiles + ((task.token_count + tokens - 1) >> (6 - launch.log2_group))) {}
 
-  /// Token `slot` of a list tile, the last of the list first; -1 past its start.
-  __device__ __forceinline__ int listed(int tile, int slot) const {
+  /// Entry `slot` of a list tile, the last of the list first; -1 past its start.
+  __device__ __forceinline__ int32_t entry(int tile, int slot) const {
     const int i = task.list_count - 1 - tile * tokens - slot;
     return i >= 0 ? __ldg(list + i) : -1;
   }
   __device__ __forceinline__ int range_begin(int tile) const {
     return task.token_begin + (tile - list_tiles) * tokens;
   }
-  __device__ __forceinline__ int token(int tile, int slot) const {
-    if (tile < list_tiles) return listed(tile, slot);
+  /// The same of any tile; those of the range have no rank.
+  __device__ __forceinline__ int32_t entry_of_any(int tile, int slot) const {
+    if (tile < list_tiles) return entry(tile, slot);
     const int token = range_begin(tile) + slot;
     return token < task.token_begin + task.token_count ? token : -1;
   }
@@ -73,8 +76,8 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
     // Past the end of any tensor: a token that is not there reads as zeros.
     const int nowhere = static_cast<int>(launch.args.common.p.shape.total_q);
     const auto row_of = [&](int tile, int slot) {
-      const int token = slot < walk.tokens ? walk.listed(tile, slot) : -1;
-      return token < 0 ? nowhere : first + token;
+      const int32_t entry = slot < walk.tokens ? walk.entry(tile, slot) : -1;
+      return entry == -1 ? nowhere : first + list_token(entry);
     };
     int next = row_of(0, lane);
     for (int tile = 0; tile < walk.list_tiles; ++tile) {
@@ -108,6 +111,18 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
   }
 }
 
+/// The unit of dS of a token of the slice, for the keys of a task.
+__device__ __forceinline__ int grads_unit(const DkvArgs& args, const KeyTask& task, int token,
+                                          int rank) {
+  const Slices& slices = args.slices;
+  const int tile = token / slices.tiles.tile;
+  const int job = slices.job(task.head, slices.tiles.first(task.batch) + tile);
+  const int place =
+      (job - args.slice * slices.size) * slices.tiles.tile + token - tile * slices.tiles.tile;
+  const int part = task.key % args.plan.group_keys / kRows;
+  return place * slices.units + rank * args.plan.parts + part;
+}
+
 /// Arrivals on a tile's `full` barrier: the loading warp's, the describing warps', and one of each
 /// of their lanes when its copies have landed.
 inline constexpr int kRowArrivals = 1 + 2 * kWarpArrivals + 64;
@@ -120,14 +135,15 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
   const AttnBwd& p = launch.args.common.p;
   const int row = half * 32 + threadIdx.x % 32, group = launch.args.common.group;
   const int slot = row >> launch.log2_group, head = row & ((1 << launch.log2_group) - 1);
-  const auto token_of = [&](int tile) {
-    return head < group && tile < walk.tiles ? walk.token(tile, slot) : -1;
+  const auto entry_of = [&](int tile) {
+    return head < group && tile < walk.tiles ? walk.entry_of_any(tile, slot) : -1;
   };
   RingPosition<Shape::kStages> at;
-  int next = token_of(0);
+  int32_t next = entry_of(0);
   for (int tile = 0; tile < walk.tiles; ++tile) {
-    const int token = next;
-    next = token_of(tile + 1);
+    const int32_t entry = next;
+    const int token = entry == -1 ? -1 : list_token(entry);
+    next = entry_of(tile + 1);
     const int branch =
         Shape::kList && tile < walk.list_tiles ? int{kSelected} : launch.args.plan.range_branch;
     KeyRange keys{0, Shape::kTaskKeys};
@@ -154,6 +170,10 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
     mbarrier_arrive_cp_async(smem_addr(&smem.full[at.slot]));
     info.key_begin[row] = keys.begin;
     info.key_end[row] = keys.end;
+    if (Shape::kList && head == 0)
+      info.grads[slot] = tile < walk.list_tiles && token >= 0 && launch.args.slices.keep_ds()
+                             ? grads_unit(launch.args, walk.task, token, list_rank(entry))
+                             : -1;
 #pragma unroll
     for (int w = 0; w < Shape::kTaskKeys / kRows; ++w) {
       const bool masked = __any_sync(

@@ -25,8 +25,11 @@ inline std::vector<EmulatedMap>& emulated_maps() {
   return maps;
 }
 
-inline void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
+inline void mbarrier_expect(uint32_t bar, uint32_t bytes) {
   mbarrier(bar).bytes += static_cast<int32_t>(bytes);
+}
+inline void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
+  mbarrier_expect(bar, bytes);
   mbarrier_arrive(bar);
 }
 inline void fence_barrier_init() {}
