@@ -133,8 +133,7 @@ KeyPlan make_plan(const AttnBwd& p, int branch, bool shared_window, const Hopper
   plan.max_pieces = static_cast<int>(std::max<int64_t>(1, ceil_div<int64_t>(longest, plan.piece)));
   if (plan.has_list && slices.keep_ds()) {
     // Of a slice: tiles of the heads that it has a part of, and full pieces.
-    const int64_t heads =
-        std::min<int64_t>(s.heads_kv, (slices.size - 2) / slices.tiles.count + 2);
+    const int64_t heads = std::min<int64_t>(s.heads_kv, (slices.size - 2) / slices.tiles.count + 2);
     const int64_t slice_tiles = heads * plan.groups.count * plan.parts;
     const int64_t slice_tokens = int64_t{slices.size} * slices.tiles.tile;
     plan.piece = static_cast<int>(round_up<int64_t>(ceil_div(kSliceTaskRows, group), 32));

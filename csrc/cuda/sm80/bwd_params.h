@@ -132,9 +132,10 @@ struct alignas(16) SplitTile {
   int task, tasks;  // the tile's tasks: task, task + 1, ...
 };
 
-/// The Hopper kernels hand dS of the selected branch from dK/dV to dQ, which else works it out anew,
-/// for rows of tokens too that did not choose a block. It is in memory for one slice of the query
-/// tiles at a time: both kernels take a slice in turn, and dK and dV are added up slice by slice.
+/// The Hopper kernels hand dS of the selected branch from dK/dV to dQ, which else works it out
+/// anew, for rows of tokens too that did not choose a block. It is in memory for one slice of the
+/// query tiles at a time: both kernels take a slice in turn, and dK and dV are added up slice by
+/// slice.
 struct Slices {
   TileMap tiles;          // of query tokens
   int size, count;        // query tiles of a slice, slices; one of all tiles where dS stays behind

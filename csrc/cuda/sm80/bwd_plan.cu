@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(kThreads) begin_lists(const InvertedIndex inde
   for (int base = 0; base < lists; base += kThreads) {
     const int id = base + threadIdx.x;
     Need sum;
-    const Need place =
-        before + exclusive_scan({0, 0, id < lists ? index.count[id] : 0}, sum);
+    const Need place = before + exclusive_scan({0, 0, id < lists ? index.count[id] : 0}, sum);
     before = before + sum;
     if (id < lists) index.begin[id] = place.entries;
   }

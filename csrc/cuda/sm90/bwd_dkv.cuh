@@ -288,8 +288,8 @@ class DkvKernel {
       const int row = first_row + n * 8 + lane / 4;
       const int unit = info.grads[row >> launch_.log2_group];
       const int place = (key_step << launch_.log2_group) + (row & (padded_group - 1));
-      char* const dst = launch_.args.slices.grads +
-                        static_cast<int64_t>(unit) * launch_.args.slices.unit_bytes;
+      char* const dst =
+          launch_.args.slices.grads + static_cast<int64_t>(unit) * launch_.args.slices.unit_bytes;
       if (unit >= 0) *reinterpret_cast<uint2*>(dst + (place * 4 + lane % 4) * 8) = x;
     }
   }
@@ -437,8 +437,8 @@ void launch_bwd_dkv_shape(const DkvLaunch& launch, cudaStream_t stream) {
     launch_overlapping(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks),
                        Shape::kThreads, sizeof(typename Shape::Smem), stream, launch);
   else
-    launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks),
-                  Shape::kThreads, sizeof(typename Shape::Smem), stream, launch);
+    launch_kernel(bwd_dkv_kernel<Shape>, "sm90::bwd_dkv_kernel", grid_size(blocks), Shape::kThreads,
+                  sizeof(typename Shape::Smem), stream, launch);
 }
 
 template <class T, int kDimQk, int kDimV>

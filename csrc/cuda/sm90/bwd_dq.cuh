@@ -26,7 +26,7 @@ namespace nsa::cuda::bwd::sm90 {
 
 struct DqLaunch {
   DqArgs args;
-  int log2_group;  // of the padded group
+  int log2_group;          // of the padded group
   int first_job, end_job;  // query tiles of the slice, gaps in their numbering included
   float scale, scale_log2;
   CUtensorMap q, dout;
@@ -165,7 +165,8 @@ class DqKernel {
   }
 
   __device__ __forceinline__ const UnionBlock* blocks_of(const Job& job) const {
-    return launch_.args.union_blocks + list_of(job) * launch_.args.slices.tiles.tile * p_.index_count;
+    return launch_.args.union_blocks +
+           list_of(job) * launch_.args.slices.tiles.tile * p_.index_count;
   }
 
   /// Key tiles of a branch.
@@ -232,9 +233,9 @@ class DqKernel {
         mbarrier_wait(empty(slot), at.parity ^ 1);
         mbarrier_expect(bar, last ? Shape::kKBytes : kTiles * Shape::kKBytes);
       }
-      store_shared_16(note(slot, place), make_uint4(static_cast<uint32_t>(tile.key),
-                                                    tile.count_wanted, tile.tokens[0],
-                                                    tile.tokens[1]));
+      store_shared_16(note(slot, place),
+                      make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted, tile.tokens[0],
+                                 tile.tokens[1]));
       if (last && !full_now) store_shared_16(note(slot, kTiles - 1), make_uint4(0, 0, 0, 0));
 #pragma unroll
       for (int panel = 0; panel < kDimQk / 64; ++panel)
@@ -502,14 +503,40 @@ class DqKernel {
     int left;
     uint2 ds[4];  // of the unit before `next`, by steps of 16 keys
 
-    __device__ __forceinline__ void load(int step_bytes, int unit_bytes) {
-      if (left <= 0) return;
+    __device__ __forceinline__ void load(bool wanted, int step_bytes, int unit_bytes) {
+      const bool there = wanted && left > 0;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) ds[k] = __ldcg(reinterpret_cast<const uint2*>(next + k * step_bytes));
-      next += unit_bytes;
-      --left;
+      for (int k = 0; k < 4; ++k)
+        if (there) ds[k] = __ldcg(reinterpret_cast<const uint2*>(next + k * step_bytes));
+      next += there ? unit_bytes : 0;
+      left -= there;
     }
   };
+
+  __device__ __forceinline__ void add_units(const uint4& tile, uint32_t k_tile, const RowPair& rows,
+                                            RowUnits (&units)[2], float (&dq)[kDimQk / 2]) const {
+    uint32_t ds[kScores / 2];
+    bool looks[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = rows.token[half];
+      const uint32_t bits = token < 32 ? tile.z : tile.w;
+      looks[half] = token >= 0 && (bits >> token % 32 & 1);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        ds[4 * k + half] = looks[half] ? units[half].ds[k].x : 0;
+        ds[4 * k + 2 + half] = looks[half] ? units[half].ds[k].y : 0;
+      }
+    }
+    wgmma_fence();
+    issue_update<T, kDimQk, kRows / 16>(dq, ds, k_tile);
+    wgmma_commit();
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      units[half].load(looks[half], 32 << launch_.log2_group, launch_.args.slices.unit_bytes);
+    wgmma_wait<0>();
+    pin(dq);
+  }
 
   /// The selected blocks where dS is in memory: `tiles` tiles of 64 keys, a row's units in the
   /// order in which its blocks come along.
@@ -530,37 +557,19 @@ class DqKernel {
                          head_of(first_row + 8 * half) * 32 + threadIdx.x % 4 * 8;
       units[half].left = 0;
       if (rows.token[half] >= 0)
-        units[half].left = tiles_of_block() *
-                           __ldg(slices.chosen + job.head * p_.shape.total_q +
-                                 job.sequence.q_row + job.first + token);
+        units[half].left = tiles_of_block() * __ldg(slices.chosen + job.head * p_.shape.total_q +
+                                                    job.sequence.q_row + job.first + token);
 #pragma unroll
       for (int k = 0; k < 4; ++k) units[half].ds[k] = {0, 0};
-      units[half].load(step_bytes, slices.unit_bytes);
+      units[half].load(true, step_bytes, slices.unit_bytes);
     }
     for (int left = tiles; left > 0; left -= Shape::kKeyTiles) {
       mbarrier_wait(full(at.slot), at.parity);
 #pragma unroll
       for (int i = 0; i < Shape::kKeyTiles; ++i) {
         const uint4 tile = load_shared_16(note(at.slot, i));
-        if (!__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1)) continue;
-        uint32_t ds[kScores / 2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int token = rows.token[half];
-          const uint32_t bits = token < 32 ? tile.z : tile.w;
-          const bool looks = token >= 0 && (bits >> token % 32 & 1);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            ds[4 * k + half] = looks ? units[half].ds[k].x : 0;
-            ds[4 * k + 2 + half] = looks ? units[half].ds[k].y : 0;
-          }
-          if (looks) units[half].load(step_bytes, slices.unit_bytes);
-        }
-        wgmma_fence();
-        issue_update<T, kDimQk, kRows / 16>(dq, ds, uniform(ring(at.slot) + i * Shape::kKBytes));
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(dq);
+        if (__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1))
+          add_units(tile, uniform(ring(at.slot) + i * Shape::kKBytes), rows, units, dq);
       }
       mbarrier_arrive_warp(empty(at.slot));
       at.advance();
