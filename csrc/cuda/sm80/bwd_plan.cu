@@ -261,6 +261,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kShortTask = 64;  // queries; shorter ones are not told apart
+
 /// The tasks of a slice, a block of threads each.
 __global__ void __launch_bounds__(kThreads)
     plan_slices(const __grid_constant__ AttnBwd p, const KeyPlan plan, const Slices slices) {
@@ -273,41 +275,50 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = int64_t{slices.head(last_job) + 1} * per_head;
   KeyTask* const tasks = plan.tasks + int64_t{slice} * plan.max_tasks;
   Need before{0, 0, 0};
-  for (int64_t base = first; base < end; base += kThreads) {
-    const int64_t tile = base + threadIdx.x;
-    SlicePart x{};
-    int number = 0, earlier = 0;  // tasks here, and the most that an earlier slice has
-    SplitTile split{};
-    if (tile < end) {
-      const KeyPart part(p, plan, tile);
-      split = plan.tiles[tile];
-      if (part.keys > 0) {
-        x = slice_part(p, plan, slices, part, slice, piece);
-        number = x.pieces;
-        // Keys that nobody sees get their zeros from the last slice.
-        if (split.tasks == 0 && slice == last_slice(slices, part.head)) number = 1;
-        if (split.slots > 0)
-          for (int s = first_slice(slices, part.head); s < slice; ++s)
-            earlier = max(earlier, slice_part(p, plan, slices, part, s, piece).pieces);
+  // The longest tasks first, by classes of length.
+  for (int longest = piece, shortest; longest >= 0; longest = shortest) {
+    shortest = longest >= kShortTask ? longest / 2 : -1;
+    for (int64_t base = first; base < end; base += kThreads) {
+      const int64_t tile = base + threadIdx.x;
+      SlicePart x{};
+      int number = 0, earlier = 0;  // tasks here, and the most that an earlier slice has
+      SplitTile split{};
+      const auto length = [&](int i) { return min(piece, x.list.y + x.range.count - i * piece); };
+      const auto in_class = [&](int i) { return length(i) > shortest && length(i) <= longest; };
+      int wanted = 0;
+      if (tile < end) {
+        const KeyPart part(p, plan, tile);
+        split = plan.tiles[tile];
+        if (part.keys > 0) {
+          x = slice_part(p, plan, slices, part, slice, piece);
+          number = x.pieces;
+          // Keys that nobody sees get their zeros from the last slice.
+          if (split.tasks == 0 && slice == last_slice(slices, part.head)) number = 1;
+          for (int i = 0; i < number; ++i) wanted += in_class(i);
+          if (split.slots > 0 && wanted > 0)
+            for (int s = first_slice(slices, part.head); s < slice; ++s)
+              earlier = max(earlier, slice_part(p, plan, slices, part, s, piece).pieces);
+        }
       }
-    }
-    Need sum;
-    int place = (before + exclusive_scan({number, 0, 0}, sum)).tasks;
-    before = before + sum;
-    for (int i = 0; i < number; ++i) {
-      const int from = i * piece, to = min(from + piece, x.list.y + x.range.count);
-      const int list_from = min(from, x.list.y), list_to = min(to, x.list.y);
-      tasks[place++] = KeyTask{split.batch,
-                               split.head,
-                               split.key,
-                               split.keys,
-                               x.list.x + list_from,
-                               list_to - list_from,
-                               x.range.begin + max(from - x.list.y, 0),
-                               max(to - x.list.y, 0) - max(from - x.list.y, 0),
-                               split.slots > 0 ? split.slot + i : -1,
-                               i < earlier,
-                               {}};
+      Need sum;
+      int place = (before + exclusive_scan({wanted, 0, 0}, sum)).tasks;
+      before = before + sum;
+      for (int i = 0; i < number; ++i) {
+        if (!in_class(i)) continue;
+        const int from = i * piece, to = from + length(i);
+        const int list_from = min(from, x.list.y), list_to = min(to, x.list.y);
+        tasks[place++] = KeyTask{split.batch,
+                                 split.head,
+                                 split.key,
+                                 split.keys,
+                                 x.list.x + list_from,
+                                 list_to - list_from,
+                                 x.range.begin + max(from - x.list.y, 0),
+                                 max(to - x.list.y, 0) - max(from - x.list.y, 0),
+                                 split.slots > 0 ? split.slot + i : -1,
+                                 i < earlier,
+                                 {}};
+      }
     }
   }
   if (threadIdx.x == 0) plan.num_tasks[slice] = before.tasks;

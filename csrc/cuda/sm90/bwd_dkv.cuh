@@ -400,11 +400,6 @@ __device__ __forceinline__ int list_task(const KeyPlan& plan, int heads, int mul
   return tasks - 1 - (round + (round / multiprocessors % 2 ? size - 1 - i : i));
 }
 
-/// The same by slices: the last keys first, which a window and the forced blocks make the longest.
-__device__ __forceinline__ int slice_task(const KeyPlan& plan, int slice) {
-  return max(plan.num_tasks[slice] - 1 - static_cast<int>(blockIdx.x), -1);
-}
-
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     bwd_dkv_kernel(const __grid_constant__ DkvLaunch launch) {
@@ -415,7 +410,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int slice = launch.args.slice;
   const bool sliced = Shape::kList && launch.args.slices.keep_ds();
   if (sliced) launch_dependents();
-  const int task = sliced         ? slice_task(plan, slice)
+  const int block = blockIdx.x;
+  const int task = sliced         ? (block < plan.num_tasks[slice] ? block : -1)
                    : Shape::kList ? list_task(plan, heads, launch.multiprocessors)
                                   : range_task(plan);
   if (task >= 0)
