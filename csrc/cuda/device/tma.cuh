@@ -60,6 +60,15 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
+/// The same of `bytes` from there on, both multiples of 16, where wanted.
+__device__ __forceinline__ void prefetch_l2(const void* address, int bytes, bool wanted) {
+  asm volatile(
+      "{\n.reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %2, 0;\n"
+      "@wanted cp.async.bulk.prefetch.L2.global [%0], %1;\n}" ::"l"(address),
+      "r"(bytes), "r"(static_cast<int>(wanted)));
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

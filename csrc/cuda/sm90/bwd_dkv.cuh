@@ -16,6 +16,8 @@
 // ahead of a barrier, or behind it, does not see its own.
 #pragma once
 
+#include <climits>
+
 #include "cuda/device/pdl.cuh"
 #include "cuda/sm90/bwd_rows.cuh"
 
@@ -128,12 +130,14 @@ class DkvKernel {
 
   __device__ __forceinline__ void consume(int consumer) {
     int first, count, total;
+    int first_listed = INT_MAX;  // of the warpgroup's tiles
     {
       const RowWalk walk(launch_, task_);
       total = walk.tiles;
       if constexpr (Shape::kList) {
         first = min(consumer, total);
         count = (total + 1 - consumer) / 2;
+        if (launch_.args.slices.keep_ds()) first_listed = (walk.range_tiles + 1 - consumer) / 2;
       } else {
         const QueryRange seen = queries_of(consumer);
         first = seen.begin >> (6 - launch_.log2_group);
@@ -151,11 +155,12 @@ class DkvKernel {
     pin(dk);
     pin(dv);
     mbarrier_wait(smem_addr(&smem_.keys_full), 0);
-    // What is written from here on, dQ of the slice before may still read.
-    if constexpr (Shape::kList) wait_for_previous();
-    if (count > 0) walk_tiles(consumer, count, at, dk, dv);
+    if (count > 0) walk_tiles(consumer, count, first_listed, at, dk, dv);
     pass_over(total - first - (Shape::kList ? max(2 * count - 1, 0) : count), at);
-    if constexpr (Shape::kList) add_up(consumer, dk, dv);
+    if constexpr (Shape::kList) {
+      add_up(consumer, dk, dv);
+      wait_for_previous();
+    }
 
     // With lists each warpgroup holds one of the sums.
     const Sequence sequence = load_sequence(p_.shape, task_.batch);
@@ -183,8 +188,8 @@ class DkvKernel {
   /// dK of a step waits for the next one, so that the tensor cores have that product, S^T and dP^T
   /// to work on before the exponentials, and dV while dS^T is made. Accumulators that are read are
   /// never in flight from one step to the next: the compiler would wait for every product.
-  __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
-                                             float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
+  __device__ __forceinline__ void walk_tiles(int consumer, int count, int first_listed,
+                                             Position& at, float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
     const int key_tile = Shape::kList ? 0 : consumer;
     const uint32_t k_tile = smem_addr(smem_.k[key_tile]), v_tile = smem_addr(smem_.v[key_tile]);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
@@ -195,6 +200,8 @@ class DkvKernel {
     uint32_t previous_q = smem_addr(smem_.ring[at.slot]);
     int previous_slot = -1;
     for (int i = 0; i < count; ++i) {
+      // dQ of the slice before may still read what dS is written to.
+      if (Shape::kList && i == first_listed) wait_for_previous();
       wait_full(at);
       const RowTileInfo& info = smem_.info[at.slot];
 #pragma unroll
@@ -222,7 +229,7 @@ class DkvKernel {
         wgmma_wait<1>();
         pin(dp);
         make_ds(p_packed, dp, ds_packed, info, column);
-        if (Shape::kList && launch_.args.slices.keep_ds())
+        if (Shape::kList && i >= first_listed)
           store_ds(ds_packed, info, step * kColumns);
         wgmma_wait<0>();
         pin(dv);

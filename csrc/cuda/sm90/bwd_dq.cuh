@@ -497,17 +497,20 @@ class DqKernel {
   }
 
   /// What a lane holds of a row's units of dS: the next one is on its way while the one before it
-  /// is multiplied.
+  /// is multiplied, and those after it are on their way to L2.
   struct RowUnits {
+    static constexpr int kAhead = 4;
     const char* next;
     int left;
-    uint2 ds[4];  // of the unit before `next`, by steps of 16 keys
+    bool first_lane;  // of the token's
+    uint2 ds[4];      // of the unit before `next`, by steps of 16 keys
 
     __device__ __forceinline__ void load(bool wanted, int step_bytes, int unit_bytes) {
       const bool there = wanted && left > 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         if (there) ds[k] = __ldcg(reinterpret_cast<const uint2*>(next + k * step_bytes));
+      prefetch_l2(next + kAhead * unit_bytes, unit_bytes, there && first_lane && left > kAhead);
       next += there ? unit_bytes : 0;
       left -= there;
     }
@@ -561,6 +564,9 @@ class DqKernel {
                                                     job.sequence.q_row + job.first + token);
 #pragma unroll
       for (int k = 0; k < 4; ++k) units[half].ds[k] = {0, 0};
+      units[half].first_lane = head_of(first_row + 8 * half) == 0 && threadIdx.x % 4 == 0;
+      prefetch_l2(units[half].next, min(units[half].left, RowUnits::kAhead) * slices.unit_bytes,
+                  units[half].first_lane && units[half].left > 0);
       units[half].load(true, step_bytes, slices.unit_bytes);
     }
     for (int left = tiles; left > 0; left -= Shape::kKeyTiles) {

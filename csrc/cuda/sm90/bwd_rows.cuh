@@ -26,32 +26,32 @@ struct DkvLaunch {
   CUtensorMap k, v;
 };
 
-/// Which queries lie in which tile: first those of the task's list, then those of its range. Both
+/// Which queries lie in which tile: first those of the task's range, then those of its list. Both
 /// start a tile.
 struct RowWalk {
   const KeyTask& task;
   const int32_t* list;
   int tokens;  // of a tile
-  int list_tiles, tiles;
+  int range_tiles, tiles;
 
   __device__ __forceinline__ RowWalk(const DkvLaunch& launch, const KeyTask& task)
       : task(task),
         list(launch.args.list + task.list_begin),
         tokens(kRows >> launch.log2_group),
-        list_tiles((task.list_count + tokens - 1) >> (6 - launch.log2_group)),
-        tiles(list_tiles + ((task.token_count + tokens - 1) >> (6 - launch.log2_group))) {}
+        range_tiles((task.token_count + tokens - 1) >> (6 - launch.log2_group)),
+        tiles(range_tiles + ((task.list_count + tokens - 1) >> (6 - launch.log2_group))) {}
 
   /// Entry `slot` of a list tile, the last of the list first; -1 past its start.
   __device__ __forceinline__ int32_t entry(int tile, int slot) const {
-    const int i = task.list_count - 1 - tile * tokens - slot;
+    const int i = task.list_count - 1 - (tile - range_tiles) * tokens - slot;
     return i >= 0 ? __ldg(list + i) : -1;
   }
   __device__ __forceinline__ int range_begin(int tile) const {
-    return task.token_begin + (tile - list_tiles) * tokens;
+    return task.token_begin + tile * tokens;
   }
   /// The same of any tile; those of the range have no rank.
   __device__ __forceinline__ int32_t entry_of_any(int tile, int slot) const {
-    if (tile < list_tiles) return entry(tile, slot);
+    if (tile >= range_tiles) return entry(tile, slot);
     const int token = range_begin(tile) + slot;
     return token < task.token_begin + task.token_count ? token : -1;
   }
@@ -72,6 +72,18 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
     if (lane == 0) mbarrier_arrive_expect(smem_addr(&smem.full[at.slot]), Shape::kStageBytes);
     __syncwarp();
   };
+  for (int tile = 0; tile < walk.range_tiles; ++tile) {
+    open();
+    if (lane == 0) {
+      const uint32_t full = smem_addr(&smem.full[at.slot]), dst = smem_addr(smem.ring[at.slot]);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        tma_load(dst + panel * kPanelBytes, panel < kQPanels ? &launch.q : &launch.dout, full,
+                 (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head,
+                 first + walk.range_begin(tile), batch);
+    }
+    at.advance();
+  }
   if constexpr (Shape::kList) {
     // Past the end of any tensor: a token that is not there reads as zeros.
     const int nowhere = static_cast<int>(launch.args.common.p.shape.total_q);
@@ -79,8 +91,8 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
       const int32_t entry = slot < walk.tokens ? walk.entry(tile, slot) : -1;
       return entry == -1 ? nowhere : first + list_token(entry);
     };
-    int next = row_of(0, lane);
-    for (int tile = 0; tile < walk.list_tiles; ++tile) {
+    int next = row_of(walk.range_tiles, lane);
+    for (int tile = walk.range_tiles; tile < walk.tiles; ++tile) {
       int row = next;
       next = row_of(tile + 1, lane);
       open();
@@ -96,18 +108,6 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
       }
       at.advance();
     }
-  }
-  for (int tile = Shape::kList ? walk.list_tiles : 0; tile < walk.tiles; ++tile) {
-    open();
-    if (lane == 0) {
-      const uint32_t full = smem_addr(&smem.full[at.slot]), dst = smem_addr(smem.ring[at.slot]);
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-        tma_load(dst + panel * kPanelBytes, panel < kQPanels ? &launch.q : &launch.dout, full,
-                 (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head,
-                 first + walk.range_begin(tile), batch);
-    }
-    at.advance();
   }
 }
 
@@ -145,7 +145,7 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
     const int token = entry == -1 ? -1 : list_token(entry);
     next = entry_of(tile + 1);
     const int branch =
-        Shape::kList && tile < walk.list_tiles ? int{kSelected} : launch.args.plan.range_branch;
+        Shape::kList && tile >= walk.range_tiles ? int{kSelected} : launch.args.plan.range_branch;
     KeyRange keys{0, Shape::kTaskKeys};
     if (token >= 0) {
       keys = visible_keys(branch, sequence.position(token), p.config);
@@ -171,7 +171,7 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
     info.key_begin[row] = keys.begin;
     info.key_end[row] = keys.end;
     if (Shape::kList && head == 0)
-      info.grads[slot] = tile < walk.list_tiles && token >= 0 && launch.args.slices.keep_ds()
+      info.grads[slot] = tile >= walk.range_tiles && token >= 0 && launch.args.slices.keep_ds()
                              ? grads_unit(launch.args, walk.task, token, list_rank(entry))
                              : -1;
 #pragma unroll

@@ -78,6 +78,7 @@ inline void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0,
 }
 
 inline void prefetch_l2(const void*) {}
+inline void prefetch_l2(const void*, int, bool) {}
 
 template <int kRegisters>
 void raise_registers() {}
