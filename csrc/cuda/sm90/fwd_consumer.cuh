@@ -187,15 +187,15 @@ class Consumer {
   /// row of the warp, returns true and gives the factors for what came before. The reference is a
   /// maximum that may be exceeded by 2^8 in the exponentials: it is raised a few times in a row's
   /// walk, and most tiles need neither the maximum of a whole row nor a multiplication of what came
-  /// before. kRank: gives the rows' maxima in the tile.
+  /// before.
   __device__ __forceinline__ bool exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
-                                               float (&factor)[2], float (&most)[2]) const {
+                                               float (&factor)[2]) const {
+    float most[2];
     bool holds = true;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       most[half] = lane_max(s, half);
       holds = holds && stats[half].holds(most[half], p.scale_log2);
-      if (kWalk == Walk::kRank) most[half] = quad_max(most[half]);
     }
     const bool raised = __any_sync(0xffffffffu, !holds);
     if (raised) {
@@ -291,10 +291,9 @@ class Consumer {
     // What every row of the warp sees: the last one's first key, the first one's last key.
     const int lo = uniform(__shfl_sync(0xffffffffu, rows.lo[1], 31)), hi = uniform(rows.hi[0]);
     walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
-      float unused[2];
       const int key = range.begin + j * kTileKeys;
       mask_range(s, rows, key, lo - key, hi - key);
-      return exponentials(s, stats, factor, unused);
+      return exponentials(s, stats, factor);
     });
   }
 
@@ -338,9 +337,9 @@ class Consumer {
       pin(s);
       release(k);
       if (__any_sync(0xffffffffu, max(at.hi[0], at.hi[1]) > at.key)) {
-        float factor[2], unused[2];
+        float factor[2];
         mask(s, at.hi, at.key);
-        if (exponentials(s, stats, factor, unused)) rescale(o, factor);
+        if (exponentials(s, stats, factor)) rescale(o, factor);
         pack(s, packed);
       } else {  // another warp's token chose the block
 #pragma unroll
@@ -364,15 +363,16 @@ class Consumer {
     const int tiles = range.template tiles<Shape>();
     clear(o);
     Block::wait_empty(block_.barriers.scores_empty, scores_at_);
+    ScoreRows to(BlockScores(block_.args, scores_at_.slot), warp_ * 16 + lane_ / 4, lane_ % 4);
     float carried[2] = {};
     const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
-      float most[2];
       mask(s, rows.hi, j * kTileKeys);
-      const bool raised = exponentials(s, stats, factor, most);
+      const bool raised = exponentials(s, stats, factor);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (raised) carried[half] *= factor[half];
-      leave_scores(s, j, stats, most, carried);
+      leave_scores(s, to, stats, carried);
+      to.advance();
       return raised;
     };
     if (p.has_output) {
@@ -384,50 +384,52 @@ class Consumer {
         softmax(s, j, unused);
       }
     }
+    // Each compressed token counts `reach` times in the scores of its blocks, all of which are in
+    // the tiles that were walked.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) stats[half].sum *= block_.args.reach > 1.0f ? 0.5f : 1.0f;
     leave_lse(stats);
     Block::arrive(block_.barriers.scores_full, scores_at_);
     scores_at_.advance(kScoreBuffers);
   }
 
-  /// What each row's head adds to the importance of a tile's blocks, relative to the row's
-  /// greatest share in the tile. Lane c of a quad has the four compressed tokens that begin in each
-  /// of the blocks 8 i + 2 c and 8 i + 2 c + 1; the one that reaches into a block from before may
-  /// be another lane's. Lane 3 carries the tile's last one over to the next tile. Adds the
-  /// exponentials up on the way.
-  __device__ __forceinline__ void leave_scores(const float (&s)[kScores], int tile,
-                                               OnlineRow (&stats)[2], const float (&most)[2],
-                                               float (&carried)[2]) const {
-    const BlockScores scores(block_.args, scores_at_.slot);
-    const int quad_lane = lane_ % 4, row = warp_ * 16 + lane_ / 4;
-    // Strides that a compressed token covers of a block: one in its last stride, else all it has.
-    const float reach = p.config.block_size > p.config.block_stride ? 2.0f : 1.0f;
+  /// What each row's head adds to the importance of a tile's blocks. Lane c of a quad has the four
+  /// compressed tokens that begin in each of the blocks 8 i + 2 c and 8 i + 2 c + 1; the one that
+  /// reaches into a block from before may be another lane's. Lane 3 carries the tile's last one
+  /// over to the next tile. Adds the block scores up on the way.
+  __device__ __forceinline__ void leave_scores(const float (&s)[kScores], const ScoreRows& to,
+                                               OnlineRow (&stats)[2], float (&carried)[2]) const {
+    const int quad_lane = lane_ % 4;
+    const float reach = block_.args.reach;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // The greatest that adds to a block, but not so far below the reference of the exponentials
-      // that these are zero.
-      const float reference = stats[half].reference(p.scale_log2);
-      const float reaching = __shfl_sync(0xffffffffu, carried[half], lane_ | 3);
-      const float greatest = fmaxf(most[half] * p.scale_log2, reference + log2_approx(reaching));
-      const float tile_reference = fmaxf(greatest, reference - 100.0f) - BlockScores::kScaleLog2;
-      const float scale = exp2_approx(reference - tile_reference);
-      uint32_t packed[4];
+      float score[8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const auto token = [&](int k, int b) { return s[4 * (i + 4 * k) + 2 * half + b]; };
         const auto inside = [&](int b) {
-          const float first = token(0, b) + token(1, b) + token(2, b);
-          stats[half].sum += first + token(3, b);
-          return fmaf(reach, first, token(3, b));
+          return fmaf(reach, token(0, b) + token(1, b) + token(2, b), token(3, b));
         };
         const float sent = quad_lane == 3 ? carried[half] : token(3, 1);
         const float before = __shfl_sync(0xffffffffu, sent, (lane_ & ~3) | ((lane_ + 3) & 3));
         carried[half] = token(3, 1);
-        packed[i] = pack2<__half>(scale * fmaf(reach - 1.0f, before, inside(0)),
-                                  scale * fmaf(reach - 1.0f, token(3, 0), inside(1)));
+        score[2 * i] = fmaf(reach - 1.0f, before, inside(0));
+        score[2 * i + 1] = fmaf(reach - 1.0f, token(3, 0), inside(1));
       }
-      *reinterpret_cast<uint4*>(scores.row(tile, row + 8 * half) + 16 * quad_lane) =
-          make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      if (quad_lane == 0) scores.references(tile)[row + 8 * half] = tile_reference;
+      int greatest = 0;  // they are not negative: compared as integers, three at once
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        stats[half].sum += score[i];
+        greatest = max(greatest, __float_as_int(score[i]));
+      }
+      const float scale = BlockScores::scale(quad_max(greatest));
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        packed[i] = pack2<__half>(scale * score[2 * i], scale * score[2 * i + 1]);
+      to.store(half, make_uint4(packed[0], packed[1], packed[2], packed[3]));
+      if (quad_lane == 0)
+        to.store_reference(half, stats[half].reference(p.scale_log2) - log2_approx(scale));
     }
   }
   /// What turns the references into weights once the job is done.
