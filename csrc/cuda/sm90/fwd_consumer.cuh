@@ -2,12 +2,12 @@
 #pragma once
 
 #include "cuda/device/pdl.cuh"
-#include "cuda/device/softmax.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/sm90/fwd_block.cuh"
 #include "cuda/sm90/fwd_epilogue.cuh"
 #include "cuda/sm90/fwd_list.cuh"
 #include "cuda/sm90/fwd_ranker.cuh"
+#include "cuda/sm90/fwd_softmax.cuh"
 
 namespace nsa::cuda::sm90 {
 
@@ -45,7 +45,7 @@ class Consumer {
       }
       if constexpr (kWalk == Walk::kRange) prefetch_rows<T, Shape::kDimV>(p, job, row);
       float o[kOutputs];
-      OnlineRow stats[2];
+      OnlineRows stats;
       mbarrier_wait(smem_addr(&block_.barriers.q_full[consumer_]), parity);
       parity ^= 1;
       if constexpr (kWalk == Walk::kList) {
@@ -184,53 +184,16 @@ class Consumer {
   }
 
   /// Online softmax of one tile: s becomes exponentials. Where that raises the reference of some
-  /// row of the warp, returns true and gives the factors for what came before. The reference is a
-  /// maximum that may be exceeded by 2^8 in the exponentials: it is raised a few times in a row's
-  /// walk, and most tiles need neither the maximum of a whole row nor a multiplication of what came
-  /// before.
-  __device__ __forceinline__ bool exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
+  /// row of the warp, returns true and gives the factors for what came before.
+  __device__ __forceinline__ bool exponentials(float (&s)[kScores], OnlineRows& stats,
                                                float (&factor)[2]) const {
-    float most[2];
-    bool holds = true;
+    const bool raised = stats.exponents(s, p.scale_log2, factor);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      most[half] = lane_max(s, half);
-      holds = holds && stats[half].holds(most[half], p.scale_log2);
-    }
-    const bool raised = __any_sync(0xffffffffu, !holds);
-    if (raised) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // Others' rows change nothing of a row that holds, not even by the rounding of a factor.
-        const float row_most = quad_max(most[half]);
-        factor[half] = 1.0f;
-        float unused;
-        if (!stats[half].holds(row_most, p.scale_log2))
-          factor[half] = stats[half].raise(row_most, p.scale_log2, unused);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float reference = stats[half].reference(p.scale_log2);
-#pragma unroll
-      for (int i = 0; i < kScores / 4; ++i) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[4 * i + 2 * half + c];
-          x = exp2_approx(fmaf(x, p.scale_log2, -reference));
-          if (kWalk != Walk::kRank) stats[half].sum += x;  // else leave_scores does
-        }
-      }
+    for (int i = 0; i < kScores; ++i) {
+      s[i] = exp2_approx(s[i]);
+      if (kWalk != Walk::kRank) stats.sum[i / 2 % 2] += s[i];  // else leave_scores does
     }
     return raised;
-  }
-  /// The maximum of a row of a tile, of what this lane has of it.
-  static __device__ __forceinline__ float lane_max(const float (&s)[kScores], int half) {
-    float most = s[2 * half];
-#pragma unroll
-    for (int i = 0; i < kScores / 4; ++i)
-      most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-    return most;
   }
   static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
 #pragma unroll
@@ -284,7 +247,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void walk_range(const Range& range, const Rows& rows,
-                                             float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+                                             float (&o)[kOutputs], OnlineRows& stats) {
     const int tiles = range.template tiles<Shape>();
     clear(o);
     if (tiles == 0) return;
@@ -293,6 +256,7 @@ class Consumer {
     walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
       const int key = range.begin + j * kTileKeys;
       mask_range(s, rows, key, lo - key, hi - key);
+      stats.unseen = j == 0;
       return exponentials(s, stats, factor);
     });
   }
@@ -315,7 +279,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void walk_list(const Rows& rows, float (&o)[kOutputs],
-                                            OnlineRow (&stats)[2]) {
+                                            OnlineRows& stats) {
     clear(o);
     Block::wait_full(block_.barriers.list_full, list_);
     const BlockList blocks(p, block_.extra(), list_.slot);
@@ -359,7 +323,7 @@ class Consumer {
 
   /// As walk_range; leaves block scores beside the outputs.
   __device__ __forceinline__ void walk_ranking(const Range& range, const Rows& rows,
-                                               float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+                                               float (&o)[kOutputs], OnlineRows& stats) {
     const int tiles = range.template tiles<Shape>();
     clear(o);
     Block::wait_empty(block_.barriers.scores_empty, scores_at_);
@@ -367,6 +331,7 @@ class Consumer {
     float carried[2] = {};
     const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
       mask(s, rows.hi, j * kTileKeys);
+      stats.unseen = j == 0;
       const bool raised = exponentials(s, stats, factor);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -387,7 +352,7 @@ class Consumer {
     // Each compressed token counts `reach` times in the scores of its blocks, all of which are in
     // the tiles that were walked.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) stats[half].sum *= block_.args.reach > 1.0f ? 0.5f : 1.0f;
+    for (int half = 0; half < 2; ++half) stats.sum[half] *= block_.args.reach > 1.0f ? 0.5f : 1.0f;
     leave_lse(stats);
     Block::arrive(block_.barriers.scores_full, scores_at_);
     scores_at_.advance(kScoreBuffers);
@@ -398,7 +363,7 @@ class Consumer {
   /// reaches into a block from before may be another lane's. Lane 3 carries the tile's last one
   /// over to the next tile. Adds the block scores up on the way.
   __device__ __forceinline__ void leave_scores(const float (&s)[kScores], const ScoreRows& to,
-                                               OnlineRow (&stats)[2], float (&carried)[2]) const {
+                                               OnlineRows& stats, float (&carried)[2]) const {
     const int quad_lane = lane_ % 4;
     const float reach = block_.args.reach;
 #pragma unroll
@@ -419,7 +384,7 @@ class Consumer {
       int greatest = 0;  // they are not negative: compared as integers, three at once
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        stats[half].sum += score[i];
+        stats.sum[half] += score[i];
         greatest = max(greatest, __float_as_int(score[i]));
       }
       const float scale = BlockScores::scale(quad_max(greatest));
@@ -428,18 +393,15 @@ class Consumer {
       for (int i = 0; i < 4; ++i)
         packed[i] = pack2<__half>(scale * score[2 * i], scale * score[2 * i + 1]);
       to.store(half, make_uint4(packed[0], packed[1], packed[2], packed[3]));
-      if (quad_lane == 0)
-        to.store_reference(half, stats[half].reference(p.scale_log2) - log2_approx(scale));
+      if (quad_lane == 0) to.store_reference(half, stats.reference[half] - log2_approx(scale));
     }
   }
   /// What turns the references into weights once the job is done.
-  __device__ __forceinline__ void leave_lse(const OnlineRow (&stats)[2]) const {
+  __device__ __forceinline__ void leave_lse(const OnlineRows& stats) const {
     float* to = Ranker<Shape>::smem(block_).minus_lse[scores_at_.slot];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      OnlineRow whole = stats[half];
-      whole.merge_quad(p.scale_log2);
-      const float lse = whole.lse2(p.scale_log2);
+      const float lse = stats.lse2(half, quad_sum(stats.sum[half]));
       const int row = warp_ * 16 + lane_ / 4 + 8 * half, head = row & ((1 << p.log2_group) - 1);
       // Rows that only pad the group, and those that see nothing, weigh nothing.
       if (lane_ % 4 == 0)
