@@ -18,6 +18,13 @@ class Consumer {
   static constexpr int kTileKeys = Shape::kTileKeys, kScores = kTileKeys / 2;
   static constexpr int kOutputs = Shape::kDimV / 2;
   static constexpr Walk kWalk = Shape::kWalk;
+  // Where Q lies is in a uniform register throughout. In the loop of a range the compiler then adds
+  // to the halves of its matrix descriptor one by one, three instructions instead of one.
+  static constexpr bool kUniformQ = kWalk == Walk::kList;
+  static constexpr int kBarrier = sizeof(uint64_t);
+  // From a tile's barrier to the next is as far as from its matrix descriptor to the next, times
+  // this.
+  static constexpr int kWordsPerBarrier = Shape::kTileBytes / 16 / kBarrier;
 
  public:
   __device__ __forceinline__ Consumer(const Block& block, int consumer)
@@ -26,7 +33,11 @@ class Consumer {
         consumer_(consumer),
         warp_(consumer * 4 + threadIdx.x % 128 / 32),
         lane_(threadIdx.x % 32),
-        q_(uniform(block.q_tile(consumer))) {}
+        q_(kUniformQ ? uniform(descriptor_word(block.q_tile(consumer)))
+                     : descriptor_word(block.q_tile(consumer))),
+        first_(smem_addr(block.barriers.full)),
+        words_(descriptor_word(block.tile(Cursor())) - first_ * kWordsPerBarrier),
+        at_{first_, 0} {}
 
   __device__ void run() {
     int64_t index = Block::before_first_job();
@@ -39,7 +50,6 @@ class Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = (row + 8 * half) >> p.log2_group;
-        rows.bit[half] = token < 32 ? 1u << token : 0;
         const int t = job.position(min(token, job.tokens - 1));
         Range::visible(p, t, rows.lo[half], rows.hi[half]);
       }
@@ -48,6 +58,9 @@ class Consumer {
       OnlineRows stats;
       mbarrier_wait(smem_addr(&block_.barriers.q_full[consumer_]), parity);
       parity ^= 1;
+      // The loops over tiles have no registers to keep the job in.
+      Job& kept = block_.barriers.jobs[warp_];
+      if (lane_ == 0) kept = job;
       if constexpr (kWalk == Walk::kList) {
         walk_list(rows, o, stats);
       } else if constexpr (kWalk == Walk::kRange) {
@@ -55,6 +68,8 @@ class Consumer {
       } else {
         walk_ranking(Range(p, job), rows, o, stats);
       }
+      __syncwarp();
+      job = kept;
       // The warpgroup's last scores are done: its next Q loads while it stores this job's rows.
       named_barrier_sync(1 + consumer_, 128);
       request_q(index);
@@ -67,10 +82,9 @@ class Consumer {
   }
 
  private:
-  /// What a thread of a consumer warpgroup knows of its two rows, g and g + 8 of its warp.
+  /// The keys [lo, hi) that a thread's two rows see, g and g + 8 of its warp.
   struct Rows {
-    uint32_t bit[2];   // of their tokens, in lists
-    int lo[2], hi[2];  // keys that they see
+    int lo[2], hi[2];
   };
 
   /// Loads Q of the job after `index`.
@@ -80,51 +94,56 @@ class Consumer {
     if (block_.next_job(index, next)) block_.load_q(next, consumer_);
   }
 
-  __device__ __forceinline__ void wait_full(const Cursor& at) const {
-    Block::wait_full(block_.barriers.full, at);
+  /// A tile of the ring: the address of its `full` barrier, and the parity of its phase.
+  struct Tile {
+    uint32_t full, parity;
+  };
+  __device__ __forceinline__ void wait_full(const Tile& tile) const {
+    mbarrier_wait(tile.full, tile.parity);
   }
   /// The calling warp is done with a tile; its products with it are waited for.
-  __device__ __forceinline__ void release(const Cursor& at) const {
-    if (kWarpArrivals == 32 || lane_ == 0)
-      mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
+  __device__ __forceinline__ void release(const Tile& tile) const {
+    if (kWarpArrivals == 32 || lane_ == 0) mbarrier_arrive(tile.full + kMaxStages * kBarrier);
   }
-  /// The next tile of the ring.
-  __device__ __forceinline__ Cursor take() {
-    const Cursor at = at_;
-    at_.advance(block_.args.stages);
-    return at;
+  /// The next `count` tiles of the ring, which lie one after the other: the first of them.
+  __device__ __forceinline__ Tile take(int count = 1) {
+    const Tile tile = at_;
+    at_.full += count * kBarrier;
+    if (at_.full == first_ + block_.args.stages * kBarrier) at_ = {first_, at_.parity ^ 1};
+    return tile;
   }
-  /// The next K of a list; its V is in the slot after it, and there when the K's barrier says so.
-  __device__ __forceinline__ Cursor take_pair() {
-    const Cursor at = at_;
-    ++at_.slot;
-    at_.advance(block_.args.stages);
-    return at;
-  }
-  static __device__ __forceinline__ Cursor value_of(const Cursor& k) {
-    return {k.slot + 1, k.parity};
+  /// The V of a list's K is in the slot after it, and there when the K's barrier says so.
+  static __device__ __forceinline__ Tile value_of(const Tile& k) {
+    return {k.full + kBarrier, k.parity};
   }
   /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
   /// to the phase of its fill: before that it would count for the fill before.
   __device__ __forceinline__ void skip(int pairs) {
 #pragma unroll 1
     for (int i = 0; i < pairs; ++i) {
-      const Cursor k = take_pair(), v = value_of(k);
+      const Tile k = take(2), v = value_of(k);
       wait_full(k);
       release(k);
       release(v);
     }
   }
 
-  /// Where a tile of the ring is, in a uniform register.
-  __device__ __forceinline__ uint32_t tile(const Cursor& at) const {
-    return uniform(block_.tile(at));
+  // Of matrix descriptors the low words are kept, in uniform registers where products are issued:
+  // the high ones are the same for all.
+  static __device__ __forceinline__ uint32_t descriptor_word(uint32_t addr) {
+    return static_cast<uint32_t>(desc_k_major(addr));
+  }
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t word) {
+    return desc_k_major(0) >> 32 << 32 | word;
+  }
+  /// Of a tile of the ring, as K.
+  __device__ __forceinline__ uint32_t word(const Tile& tile) const {
+    return uniform(words_ + tile.full * kWordsPerBarrier);
   }
 
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t tile) const {
-    // kRank has no register to keep it in.
-    const uint32_t rows = kWalk == Walk::kRank ? uniform(block_.q_tile(consumer_)) : q_;
-    const uint64_t q = desc_k_major(rows), keys = desc_k_major(tile);
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t keys_word) const {
+    const uint64_t q = descriptor(kUniformQ ? q_ : uniform(q_));
+    const uint64_t keys = descriptor(keys_word);
 #pragma unroll
     for (int k = 0; k < Shape::kDimQk / 16; ++k)
       wgmma_ss<T, kTileKeys>(s, q + (k / 4 * 8192 + k % 4 * 32) / 16,
@@ -132,18 +151,19 @@ class Consumer {
     wgmma_commit();
   }
   /// The scores of a tile, which is released, with nothing else underway.
-  __device__ __forceinline__ void compute_scores(float (&s)[kScores], const Cursor& at) const {
-    wait_full(at);
+  __device__ __forceinline__ void compute_scores(float (&s)[kScores], const Tile& k) const {
+    wait_full(k);
     wgmma_fence();
-    issue_scores(s, tile(at));
+    issue_scores(s, word(k));
     wgmma_wait<0>();
     pin(s);
-    release(at);
+    release(k);
   }
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
                                                const uint32_t (&pack)[kScores / 2],
-                                               uint32_t tile) const {
-    const uint64_t values = desc_mn_major(tile, Shape::kPanelBytes);
+                                               uint32_t word) const {
+    const uint64_t values =
+        descriptor(word) + desc_mn_major(0, Shape::kPanelBytes) - desc_k_major(0);
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k)
       wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k, values + k * 2048 / 16);
@@ -221,12 +241,12 @@ class Consumer {
     softmax(s, 0, factor);  // nothing came before
     pack(s, packed);
     for (int j = 1; j < tiles; ++j) {
-      const Cursor k = take(), v = take();
+      const Tile k = take(), v = take();
       wait_full(k);
       wait_full(v);
       wgmma_fence();
-      issue_scores(s, tile(k));
-      issue_output(o, packed, tile(v));
+      issue_scores(s, word(k));
+      issue_output(o, packed, word(v));
       wgmma_wait<1>();
       pin(s);
       release(k);
@@ -237,10 +257,10 @@ class Consumer {
       if (raised) rescale(o, factor);
       pack(s, packed);
     }
-    const Cursor last = take();
+    const Tile last = take();
     wait_full(last);
     wgmma_fence();
-    issue_output(o, packed, tile(last));
+    issue_output(o, packed, word(last));
     wgmma_wait<0>();
     pin(o);
     release(last);
@@ -261,20 +281,16 @@ class Consumer {
     });
   }
 
-  /// A tile of a list that some of the warpgroup's tokens chose, and the keys of it that this
-  /// thread's rows see.
+  /// A tile of a list that some of the warpgroup's tokens chose.
   struct ListTile {
-    int tile, key, hi[2];
+    int tile, key;
+    uint32_t tokens;
   };
-  __device__ __forceinline__ ListTile look_at(const BlockList& blocks, const Rows& rows,
-                                              int tile) const {
-    const int keys = min(kTileKeys, p.config.select_size);
-    uint32_t chosen_by;
-    ListTile next{tile, blocks.tile(tile, chosen_by)};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      next.hi[half] = chosen_by & rows.bit[half] ? min(next.key + keys, rows.hi[half]) : 0;
-    }
+  static __device__ __forceinline__ ListTile next_tile(const BlockList& blocks,
+                                                       WantedTiles& wanted) {
+    ListTile next;
+    next.tile = wanted.next();
+    next.key = blocks.tile(next.tile, next.tokens);
     return next;
   }
 
@@ -284,14 +300,15 @@ class Consumer {
     Block::wait_full(block_.barriers.list_full, list_);
     const BlockList blocks(p, block_.extra(), list_.slot);
     const int tiles = blocks.tiles();
-    WantedTiles wanted(blocks, BlockList::consumer_tokens(p, consumer_));
+    WantedTiles wanted(blocks, BlockList::row_tokens(p, consumer_ * 64, 64));
+    const uint32_t warp_tokens = keep(BlockList::row_tokens(p, warp_ * 16, 16));
     int walked = 0;  // tiles up to here have been taken from the ring, or skipped
-    ListTile at = look_at(blocks, rows, wanted.next());
+    ListTile at = next_tile(blocks, wanted);
     while (at.tile < tiles) {
       skip(at.tile - walked);
       walked = at.tile + 1;
-      const Cursor k = take_pair(), v = value_of(k);
-      const uint32_t keys = tile(k);
+      const Tile k = take(2), v = value_of(k);
+      const uint32_t keys = word(k);
       float s[kScores];
       uint32_t packed[kScores / 2];
       wait_full(k);
@@ -300,18 +317,25 @@ class Consumer {
       wgmma_wait<0>();
       pin(s);
       release(k);
-      if (__any_sync(0xffffffffu, max(at.hi[0], at.hi[1]) > at.key)) {
+      if (__any_sync(0xffffffffu, at.tokens & warp_tokens)) {
         float factor[2];
-        mask(s, at.hi, at.key);
+        int hi[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_ * 16 + lane_ / 4 + 8 * half;
+          const bool chose = at.tokens & BlockList::row_tokens(p, row, 1);
+          hi[half] = chose ? min(at.key + min(kTileKeys, p.config.select_size), rows.hi[half]) : 0;
+        }
+        mask(s, hi, at.key);
         if (exponentials(s, stats, factor)) rescale(o, factor);
         pack(s, packed);
       } else {  // another warp's token chose the block
 #pragma unroll
-        for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
+        for (int i = 0; i < kScores / 2; ++i) packed[i] = keep(0);
       }
       wgmma_fence();
-      issue_output(o, packed, keys + Shape::kTileBytes);
-      at = look_at(blocks, rows, wanted.next());  // beside the product
+      issue_output(o, packed, keys + Shape::kTileBytes / 16);
+      at = next_tile(blocks, wanted);  // beside the product
       wgmma_wait<0>();
       pin(o);
       release(v);
@@ -412,8 +436,9 @@ class Consumer {
   const Block& block_;
   const FwdParams& p;
   const int consumer_, warp_, lane_;
-  const uint32_t q_;
-  Cursor at_, list_, scores_at_;
+  const uint32_t q_, first_, words_;
+  Tile at_;
+  Cursor list_, scores_at_;
 };
 
 }  // namespace nsa::cuda::sm90
