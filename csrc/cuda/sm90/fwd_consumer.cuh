@@ -203,16 +203,25 @@ class Consumer {
     }
   }
 
-  /// Online softmax of one tile: s becomes exponentials. Where that raises the reference of some
-  /// row of the warp, returns true and gives the factors for what came before.
-  __device__ __forceinline__ bool exponentials(float (&s)[kScores], OnlineRows& stats,
-                                               float (&factor)[2]) const {
-    const bool raised = stats.exponents(s, p.scale_log2, factor);
+  /// s becomes exponentials, of which the sums are kept.
+  __device__ __forceinline__ void exponentials(float (&s)[kScores], OnlineRows& stats) const {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       s[i] = exp2_approx(s[i]);
       if (kWalk != Walk::kRank) stats.sum[i / 2 % 2] += s[i];  // else leave_scores does
     }
+  }
+  /// Online softmax of tile j of a range. Where that raises the reference of some row of the warp,
+  /// returns true and gives the factors for what came before.
+  __device__ __forceinline__ bool softmax(float (&s)[kScores], int j, OnlineRows& stats,
+                                          float (&factor)[2]) const {
+    bool raised = false, unseen = false;  // rows see something in the first tile, or nothing at all
+    if (j == 0) {
+      stats.first_exponents(s, p.scale_log2);
+    } else {
+      raised = stats.exponents(s, p.scale_log2, factor, unseen);
+    }
+    exponentials(s, stats);
     return raised;
   }
   static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
@@ -229,16 +238,15 @@ class Consumer {
     for (int i = 0; i < kScores / 2; ++i) packed[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Walks `tiles` tiles of K and V. `softmax(s, j, factor)` turns the scores of tile j into
+  /// Walks `tiles` tiles of K and V. `weigh(s, j, factor)` turns the scores of tile j into
   /// weights, and returns whether what came before is to be multiplied by the factors. The scores
   /// of a tile are computed while the weights of the one before meet their V.
-  template <class Softmax>
-  __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs],
-                                             const Softmax& softmax) {
+  template <class Weigh>
+  __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs], const Weigh& weigh) {
     float s[kScores], factor[2];
     uint32_t packed[kScores / 2];
     compute_scores(s, take());
-    softmax(s, 0, factor);  // nothing came before
+    weigh(s, 0, factor);  // nothing came before
     pack(s, packed);
     for (int j = 1; j < tiles; ++j) {
       const Tile k = take(), v = take();
@@ -250,7 +258,7 @@ class Consumer {
       wgmma_wait<1>();
       pin(s);
       release(k);
-      const bool raised = softmax(s, j, factor);
+      const bool raised = weigh(s, j, factor);
       wgmma_wait<0>();
       pin(o);
       release(v);
@@ -276,8 +284,7 @@ class Consumer {
     walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
       const int key = range.begin + j * kTileKeys;
       mask_range(s, rows, key, lo - key, hi - key);
-      stats.unseen = j == 0;
-      return exponentials(s, stats, factor);
+      return softmax(s, j, stats, factor);
     });
   }
 
@@ -302,6 +309,7 @@ class Consumer {
     const int tiles = blocks.tiles();
     WantedTiles wanted(blocks, BlockList::row_tokens(p, consumer_ * 64, 64));
     const uint32_t warp_tokens = keep(BlockList::row_tokens(p, warp_ * 16, 16));
+    bool unseen = true;
     int walked = 0;  // tiles up to here have been taken from the ring, or skipped
     ListTile at = next_tile(blocks, wanted);
     while (at.tile < tiles) {
@@ -327,7 +335,8 @@ class Consumer {
           hi[half] = chose ? min(at.key + min(kTileKeys, p.config.select_size), rows.hi[half]) : 0;
         }
         mask(s, hi, at.key);
-        if (exponentials(s, stats, factor)) rescale(o, factor);
+        if (stats.exponents(s, p.scale_log2, factor, unseen)) rescale(o, factor);
+        exponentials(s, stats);
         pack(s, packed);
       } else {  // another warp's token chose the block
 #pragma unroll
@@ -353,10 +362,9 @@ class Consumer {
     Block::wait_empty(block_.barriers.scores_empty, scores_at_);
     ScoreRows to(BlockScores(block_.args, scores_at_.slot), warp_ * 16 + lane_ / 4, lane_ % 4);
     float carried[2] = {};
-    const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
+    const auto weigh = [&](float (&s)[kScores], int j, float (&factor)[2]) {
       mask(s, rows.hi, j * kTileKeys);
-      stats.unseen = j == 0;
-      const bool raised = exponentials(s, stats, factor);
+      const bool raised = softmax(s, j, stats, factor);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (raised) carried[half] *= factor[half];
@@ -365,12 +373,12 @@ class Consumer {
       return raised;
     };
     if (p.has_output) {
-      if (tiles > 0) walk_pairs(tiles, o, softmax);
+      if (tiles > 0) walk_pairs(tiles, o, weigh);
     } else {
       float s[kScores], unused[2];
       for (int j = 0; j < tiles; ++j) {
         compute_scores(s, take());
-        softmax(s, j, unused);
+        weigh(s, j, unused);
       }
     }
     // Each compressed token counts `reach` times in the scores of its blocks, all of which are in
