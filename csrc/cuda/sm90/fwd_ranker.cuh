@@ -124,11 +124,17 @@ class Ranker {
     for (int i = 0; i < kTokensOfWarp; ++i) {
       const int token = first + i * kRankingWarps;
       const Forced forced(p_, job.position(token));
-      best.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
       tokens.open_end[i] = token < job.tokens ? forced.local : 0;
       tokens.row[i] = min(token, job.tokens - 1) << p_.log2_group;
     }
-    best.bound(sum_rows(scores, tiles, tokens).score);
+    const Most most = sum_rows(scores, tiles, tokens);
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      const int token = first + i * kRankingWarps;
+      const Forced forced(p_, job.position(token));
+      best.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
+    }
+    best.bound(most.score);
     // Blocks may begin past the last tile, where no compressed token reaches.
     const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
     choose(scores, tiles, max(tiles, last_block / BlockScores::kBlocks + 1), tokens, best);
