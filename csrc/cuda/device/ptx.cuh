@@ -26,6 +26,11 @@ __device__ __forceinline__ const Object* uniform(const Object* x) {
       static_cast<uint64_t>(uniform(static_cast<uint32_t>(bits >> 32))) << 32 |
       uniform(static_cast<uint32_t>(bits)));
 }
+/// x in a register: the compiler would rather work it out anew for each use.
+__device__ __forceinline__ uint32_t keep(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- Asynchronous copies, global -> shared ------------------------------------------------------
 

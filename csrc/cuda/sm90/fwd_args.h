@@ -17,9 +17,12 @@ struct FwdArgs {
   int64_t jobs;         // tiles * batch * kv heads
   int32_t stages;       // K or V tiles in shared memory
   int32_t score_tiles;  // kRank: tiles of the longest sequence
-  char* scores;         // kRank: BlockScores of each block of threads
-  CUtensorMap q;        // (Dk, G, Hkv, Sq, B), box (64, padded G, 1, tokens of 64 rows, 1)
-  CUtensorMap k, v;     // (D, Hkv, Sk, B), box (64, 1, kTileKeys, 1)
+  // kRank: strides of a selection block that a compressed token covers, 1 or 2; the one that begins
+  // in the block's last stride covers 1.
+  float reach;
+  char* scores;      // kRank: BlockScores of each block of threads
+  CUtensorMap q;     // (Dk, G, Hkv, Sq, B), box (64, padded G, 1, tokens of 64 rows, 1)
+  CUtensorMap k, v;  // (D, Hkv, Sk, B), box (64, 1, kTileKeys, 1)
 };
 
 template <class T_, int kDimQk_, int kDimV_, Walk kWalk_>

@@ -39,6 +39,7 @@ struct FwdBlock {
     uint64_t q_full[kConsumers];
     uint64_t list_full[kListBuffers], list_empty[kListBuffers];
     uint64_t scores_full[kScoreBuffers], scores_empty[kScoreBuffers];
+    Job jobs[kConsumerWarps];
   };
   static constexpr int kBarrierBytes = 1024;  // keeps the swizzled tiles at multiples of 1024
   static_assert(sizeof(Barriers) <= kBarrierBytes);

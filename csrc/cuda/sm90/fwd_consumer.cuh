@@ -2,12 +2,12 @@
 #pragma once
 
 #include "cuda/device/pdl.cuh"
-#include "cuda/device/softmax.cuh"
 #include "cuda/device/wgmma.cuh"
 #include "cuda/sm90/fwd_block.cuh"
 #include "cuda/sm90/fwd_epilogue.cuh"
 #include "cuda/sm90/fwd_list.cuh"
 #include "cuda/sm90/fwd_ranker.cuh"
+#include "cuda/sm90/fwd_softmax.cuh"
 
 namespace nsa::cuda::sm90 {
 
@@ -18,6 +18,13 @@ class Consumer {
   static constexpr int kTileKeys = Shape::kTileKeys, kScores = kTileKeys / 2;
   static constexpr int kOutputs = Shape::kDimV / 2;
   static constexpr Walk kWalk = Shape::kWalk;
+  // Where Q lies is in a uniform register throughout. In the loop of a range the compiler then adds
+  // to the halves of its matrix descriptor one by one, three instructions instead of one.
+  static constexpr bool kUniformQ = kWalk == Walk::kList;
+  static constexpr int kBarrier = sizeof(uint64_t);
+  // From a tile's barrier to the next is as far as from its matrix descriptor to the next, times
+  // this.
+  static constexpr int kWordsPerBarrier = Shape::kTileBytes / 16 / kBarrier;
 
  public:
   __device__ __forceinline__ Consumer(const Block& block, int consumer)
@@ -26,7 +33,11 @@ class Consumer {
         consumer_(consumer),
         warp_(consumer * 4 + threadIdx.x % 128 / 32),
         lane_(threadIdx.x % 32),
-        q_(uniform(block.q_tile(consumer))) {}
+        q_(kUniformQ ? uniform(descriptor_word(block.q_tile(consumer)))
+                     : descriptor_word(block.q_tile(consumer))),
+        first_(smem_addr(block.barriers.full)),
+        words_(descriptor_word(block.tile(Cursor())) - first_ * kWordsPerBarrier),
+        at_{first_, 0} {}
 
   __device__ void run() {
     int64_t index = Block::before_first_job();
@@ -39,15 +50,17 @@ class Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = (row + 8 * half) >> p.log2_group;
-        rows.bit[half] = token < 32 ? 1u << token : 0;
         const int t = job.position(min(token, job.tokens - 1));
         Range::visible(p, t, rows.lo[half], rows.hi[half]);
       }
       if constexpr (kWalk == Walk::kRange) prefetch_rows<T, Shape::kDimV>(p, job, row);
       float o[kOutputs];
-      OnlineRow stats[2];
+      OnlineRows stats;
       mbarrier_wait(smem_addr(&block_.barriers.q_full[consumer_]), parity);
       parity ^= 1;
+      // The loops over tiles have no registers to keep the job in.
+      Job& kept = block_.barriers.jobs[warp_];
+      if (lane_ == 0) kept = job;
       if constexpr (kWalk == Walk::kList) {
         walk_list(rows, o, stats);
       } else if constexpr (kWalk == Walk::kRange) {
@@ -55,6 +68,8 @@ class Consumer {
       } else {
         walk_ranking(Range(p, job), rows, o, stats);
       }
+      __syncwarp();
+      job = kept;
       // The warpgroup's last scores are done: its next Q loads while it stores this job's rows.
       named_barrier_sync(1 + consumer_, 128);
       request_q(index);
@@ -67,10 +82,9 @@ class Consumer {
   }
 
  private:
-  /// What a thread of a consumer warpgroup knows of its two rows, g and g + 8 of its warp.
+  /// The keys [lo, hi) that a thread's two rows see, g and g + 8 of its warp.
   struct Rows {
-    uint32_t bit[2];   // of their tokens, in lists
-    int lo[2], hi[2];  // keys that they see
+    int lo[2], hi[2];
   };
 
   /// Loads Q of the job after `index`.
@@ -80,51 +94,56 @@ class Consumer {
     if (block_.next_job(index, next)) block_.load_q(next, consumer_);
   }
 
-  __device__ __forceinline__ void wait_full(const Cursor& at) const {
-    Block::wait_full(block_.barriers.full, at);
+  /// A tile of the ring: the address of its `full` barrier, and the parity of its phase.
+  struct Tile {
+    uint32_t full, parity;
+  };
+  __device__ __forceinline__ void wait_full(const Tile& tile) const {
+    mbarrier_wait(tile.full, tile.parity);
   }
   /// The calling warp is done with a tile; its products with it are waited for.
-  __device__ __forceinline__ void release(const Cursor& at) const {
-    if (kWarpArrivals == 32 || lane_ == 0)
-      mbarrier_arrive(smem_addr(&block_.barriers.empty[at.slot]));
+  __device__ __forceinline__ void release(const Tile& tile) const {
+    if (kWarpArrivals == 32 || lane_ == 0) mbarrier_arrive(tile.full + kMaxStages * kBarrier);
   }
-  /// The next tile of the ring.
-  __device__ __forceinline__ Cursor take() {
-    const Cursor at = at_;
-    at_.advance(block_.args.stages);
-    return at;
+  /// The next `count` tiles of the ring, which lie one after the other: the first of them.
+  __device__ __forceinline__ Tile take(int count = 1) {
+    const Tile tile = at_;
+    at_.full += count * kBarrier;
+    if (at_.full == first_ + block_.args.stages * kBarrier) at_ = {first_, at_.parity ^ 1};
+    return tile;
   }
-  /// The next K of a list; its V is in the slot after it, and there when the K's barrier says so.
-  __device__ __forceinline__ Cursor take_pair() {
-    const Cursor at = at_;
-    ++at_.slot;
-    at_.advance(block_.args.stages);
-    return at;
-  }
-  static __device__ __forceinline__ Cursor value_of(const Cursor& k) {
-    return {k.slot + 1, k.parity};
+  /// The V of a list's K is in the slot after it, and there when the K's barrier says so.
+  static __device__ __forceinline__ Tile value_of(const Tile& k) {
+    return {k.full + kBarrier, k.parity};
   }
   /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
   /// to the phase of its fill: before that it would count for the fill before.
   __device__ __forceinline__ void skip(int pairs) {
 #pragma unroll 1
     for (int i = 0; i < pairs; ++i) {
-      const Cursor k = take_pair(), v = value_of(k);
+      const Tile k = take(2), v = value_of(k);
       wait_full(k);
       release(k);
       release(v);
     }
   }
 
-  /// Where a tile of the ring is, in a uniform register.
-  __device__ __forceinline__ uint32_t tile(const Cursor& at) const {
-    return uniform(block_.tile(at));
+  // Of matrix descriptors the low words are kept, in uniform registers where products are issued:
+  // the high ones are the same for all.
+  static __device__ __forceinline__ uint32_t descriptor_word(uint32_t addr) {
+    return static_cast<uint32_t>(desc_k_major(addr));
+  }
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t word) {
+    return desc_k_major(0) >> 32 << 32 | word;
+  }
+  /// Of a tile of the ring, as K.
+  __device__ __forceinline__ uint32_t word(const Tile& tile) const {
+    return uniform(words_ + tile.full * kWordsPerBarrier);
   }
 
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t tile) const {
-    // kRank has no register to keep it in.
-    const uint32_t rows = kWalk == Walk::kRank ? uniform(block_.q_tile(consumer_)) : q_;
-    const uint64_t q = desc_k_major(rows), keys = desc_k_major(tile);
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t keys_word) const {
+    const uint64_t q = descriptor(kUniformQ ? q_ : uniform(q_));
+    const uint64_t keys = descriptor(keys_word);
 #pragma unroll
     for (int k = 0; k < Shape::kDimQk / 16; ++k)
       wgmma_ss<T, kTileKeys>(s, q + (k / 4 * 8192 + k % 4 * 32) / 16,
@@ -132,18 +151,19 @@ class Consumer {
     wgmma_commit();
   }
   /// The scores of a tile, which is released, with nothing else underway.
-  __device__ __forceinline__ void compute_scores(float (&s)[kScores], const Cursor& at) const {
-    wait_full(at);
+  __device__ __forceinline__ void compute_scores(float (&s)[kScores], const Tile& k) const {
+    wait_full(k);
     wgmma_fence();
-    issue_scores(s, tile(at));
+    issue_scores(s, word(k));
     wgmma_wait<0>();
     pin(s);
-    release(at);
+    release(k);
   }
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
                                                const uint32_t (&pack)[kScores / 2],
-                                               uint32_t tile) const {
-    const uint64_t values = desc_mn_major(tile, Shape::kPanelBytes);
+                                               uint32_t word) const {
+    const uint64_t values =
+        descriptor(word) + desc_mn_major(0, Shape::kPanelBytes) - desc_k_major(0);
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k)
       wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k, values + k * 2048 / 16);
@@ -183,54 +203,26 @@ class Consumer {
     }
   }
 
-  /// Online softmax of one tile: s becomes exponentials. Where that raises the reference of some
-  /// row of the warp, returns true and gives the factors for what came before. The reference is a
-  /// maximum that may be exceeded by 2^8 in the exponentials: it is raised a few times in a row's
-  /// walk, and most tiles need neither the maximum of a whole row nor a multiplication of what came
-  /// before. kRank: gives the rows' maxima in the tile.
-  __device__ __forceinline__ bool exponentials(float (&s)[kScores], OnlineRow (&stats)[2],
-                                               float (&factor)[2], float (&most)[2]) const {
-    bool holds = true;
+  /// s becomes exponentials, of which the sums are kept.
+  __device__ __forceinline__ void exponentials(float (&s)[kScores], OnlineRows& stats) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      most[half] = lane_max(s, half);
-      holds = holds && stats[half].holds(most[half], p.scale_log2);
-      if (kWalk == Walk::kRank) most[half] = quad_max(most[half]);
+    for (int i = 0; i < kScores; ++i) {
+      s[i] = exp2_approx(s[i]);
+      if (kWalk != Walk::kRank) stats.sum[i / 2 % 2] += s[i];  // else leave_scores does
     }
-    const bool raised = __any_sync(0xffffffffu, !holds);
-    if (raised) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // Others' rows change nothing of a row that holds, not even by the rounding of a factor.
-        const float row_most = quad_max(most[half]);
-        factor[half] = 1.0f;
-        float unused;
-        if (!stats[half].holds(row_most, p.scale_log2))
-          factor[half] = stats[half].raise(row_most, p.scale_log2, unused);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float reference = stats[half].reference(p.scale_log2);
-#pragma unroll
-      for (int i = 0; i < kScores / 4; ++i) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[4 * i + 2 * half + c];
-          x = exp2_approx(fmaf(x, p.scale_log2, -reference));
-          if (kWalk != Walk::kRank) stats[half].sum += x;  // else leave_scores does
-        }
-      }
-    }
-    return raised;
   }
-  /// The maximum of a row of a tile, of what this lane has of it.
-  static __device__ __forceinline__ float lane_max(const float (&s)[kScores], int half) {
-    float most = s[2 * half];
-#pragma unroll
-    for (int i = 0; i < kScores / 4; ++i)
-      most = fmaxf(most, fmaxf(s[4 * i + 2 * half], s[4 * i + 2 * half + 1]));
-    return most;
+  /// Online softmax of tile j of a range. Where that raises the reference of some row of the warp,
+  /// returns true and gives the factors for what came before.
+  __device__ __forceinline__ bool softmax(float (&s)[kScores], int j, OnlineRows& stats,
+                                          float (&factor)[2]) const {
+    bool raised = false, unseen = false;  // rows see something in the first tile, or nothing at all
+    if (j == 0) {
+      stats.first_exponents(s, p.scale_log2);
+    } else {
+      raised = stats.exponents(s, p.scale_log2, factor, unseen);
+    }
+    exponentials(s, stats);
+    return raised;
   }
   static __device__ __forceinline__ void clear(float (&o)[kOutputs]) {
 #pragma unroll
@@ -246,89 +238,85 @@ class Consumer {
     for (int i = 0; i < kScores / 2; ++i) packed[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Walks `tiles` tiles of K and V. `softmax(s, j, factor)` turns the scores of tile j into
+  /// Walks `tiles` tiles of K and V. `weigh(s, j, factor)` turns the scores of tile j into
   /// weights, and returns whether what came before is to be multiplied by the factors. The scores
   /// of a tile are computed while the weights of the one before meet their V.
-  template <class Softmax>
-  __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs],
-                                             const Softmax& softmax) {
+  template <class Weigh>
+  __device__ __forceinline__ void walk_pairs(int tiles, float (&o)[kOutputs], const Weigh& weigh) {
     float s[kScores], factor[2];
     uint32_t packed[kScores / 2];
     compute_scores(s, take());
-    softmax(s, 0, factor);  // nothing came before
+    weigh(s, 0, factor);  // nothing came before
     pack(s, packed);
     for (int j = 1; j < tiles; ++j) {
-      const Cursor k = take(), v = take();
+      const Tile k = take(), v = take();
       wait_full(k);
       wait_full(v);
       wgmma_fence();
-      issue_scores(s, tile(k));
-      issue_output(o, packed, tile(v));
+      issue_scores(s, word(k));
+      issue_output(o, packed, word(v));
       wgmma_wait<1>();
       pin(s);
       release(k);
-      const bool raised = softmax(s, j, factor);
+      const bool raised = weigh(s, j, factor);
       wgmma_wait<0>();
       pin(o);
       release(v);
       if (raised) rescale(o, factor);
       pack(s, packed);
     }
-    const Cursor last = take();
+    const Tile last = take();
     wait_full(last);
     wgmma_fence();
-    issue_output(o, packed, tile(last));
+    issue_output(o, packed, word(last));
     wgmma_wait<0>();
     pin(o);
     release(last);
   }
 
   __device__ __forceinline__ void walk_range(const Range& range, const Rows& rows,
-                                             float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+                                             float (&o)[kOutputs], OnlineRows& stats) {
     const int tiles = range.template tiles<Shape>();
     clear(o);
     if (tiles == 0) return;
     // What every row of the warp sees: the last one's first key, the first one's last key.
     const int lo = uniform(__shfl_sync(0xffffffffu, rows.lo[1], 31)), hi = uniform(rows.hi[0]);
     walk_pairs(tiles, o, [&](float (&s)[kScores], int j, float (&factor)[2]) {
-      float unused[2];
       const int key = range.begin + j * kTileKeys;
       mask_range(s, rows, key, lo - key, hi - key);
-      return exponentials(s, stats, factor, unused);
+      return softmax(s, j, stats, factor);
     });
   }
 
-  /// A tile of a list that some of the warpgroup's tokens chose, and the keys of it that this
-  /// thread's rows see.
+  /// A tile of a list that some of the warpgroup's tokens chose.
   struct ListTile {
-    int tile, key, hi[2];
+    int tile, key;
+    uint32_t tokens;
   };
-  __device__ __forceinline__ ListTile look_at(const BlockList& blocks, const Rows& rows,
-                                              int tile) const {
-    const int keys = min(kTileKeys, p.config.select_size);
-    uint32_t chosen_by;
-    ListTile next{tile, blocks.tile(tile, chosen_by)};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      next.hi[half] = chosen_by & rows.bit[half] ? min(next.key + keys, rows.hi[half]) : 0;
-    }
+  static __device__ __forceinline__ ListTile next_tile(const BlockList& blocks,
+                                                       WantedTiles& wanted) {
+    ListTile next;
+    next.tile = wanted.next();
+    next.key = blocks.tile(next.tile, next.tokens);
     return next;
   }
 
   __device__ __forceinline__ void walk_list(const Rows& rows, float (&o)[kOutputs],
-                                            OnlineRow (&stats)[2]) {
+                                            OnlineRows& stats) {
     clear(o);
     Block::wait_full(block_.barriers.list_full, list_);
     const BlockList blocks(p, block_.extra(), list_.slot);
     const int tiles = blocks.tiles();
-    WantedTiles wanted(blocks, BlockList::consumer_tokens(p, consumer_));
+    WantedTiles wanted(blocks, BlockList::row_tokens(p, consumer_ * 64, 64));
+    const uint32_t warp_tokens = keep(BlockList::row_tokens(p, warp_ * 16, 16));
+    bool unseen = true;
     int walked = 0;  // tiles up to here have been taken from the ring, or skipped
-    ListTile at = look_at(blocks, rows, wanted.next());
+    ListTile at = next_tile(blocks, wanted);
     while (at.tile < tiles) {
       skip(at.tile - walked);
       walked = at.tile + 1;
-      const Cursor k = take_pair(), v = value_of(k);
-      const uint32_t keys = tile(k);
+      const Tile k = take(2), v = value_of(k);
+      const uint32_t keys = word(k);
       float s[kScores];
       uint32_t packed[kScores / 2];
       wait_full(k);
@@ -337,18 +325,26 @@ class Consumer {
       wgmma_wait<0>();
       pin(s);
       release(k);
-      if (__any_sync(0xffffffffu, max(at.hi[0], at.hi[1]) > at.key)) {
-        float factor[2], unused[2];
-        mask(s, at.hi, at.key);
-        if (exponentials(s, stats, factor, unused)) rescale(o, factor);
+      if (__any_sync(0xffffffffu, at.tokens & warp_tokens)) {
+        float factor[2];
+        int hi[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_ * 16 + lane_ / 4 + 8 * half;
+          const bool chose = at.tokens & BlockList::row_tokens(p, row, 1);
+          hi[half] = chose ? min(at.key + min(kTileKeys, p.config.select_size), rows.hi[half]) : 0;
+        }
+        mask(s, hi, at.key);
+        if (stats.exponents(s, p.scale_log2, factor, unseen)) rescale(o, factor);
+        exponentials(s, stats);
         pack(s, packed);
       } else {  // another warp's token chose the block
 #pragma unroll
-        for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
+        for (int i = 0; i < kScores / 2; ++i) packed[i] = keep(0);
       }
       wgmma_fence();
-      issue_output(o, packed, keys + Shape::kTileBytes);
-      at = look_at(blocks, rows, wanted.next());  // beside the product
+      issue_output(o, packed, keys + Shape::kTileBytes / 16);
+      at = next_tile(blocks, wanted);  // beside the product
       wgmma_wait<0>();
       pin(o);
       release(v);
@@ -360,84 +356,84 @@ class Consumer {
 
   /// As walk_range; leaves block scores beside the outputs.
   __device__ __forceinline__ void walk_ranking(const Range& range, const Rows& rows,
-                                               float (&o)[kOutputs], OnlineRow (&stats)[2]) {
+                                               float (&o)[kOutputs], OnlineRows& stats) {
     const int tiles = range.template tiles<Shape>();
     clear(o);
     Block::wait_empty(block_.barriers.scores_empty, scores_at_);
+    ScoreRows to(BlockScores(block_.args, scores_at_.slot), warp_ * 16 + lane_ / 4, lane_ % 4);
     float carried[2] = {};
-    const auto softmax = [&](float (&s)[kScores], int j, float (&factor)[2]) {
-      float most[2];
+    const auto weigh = [&](float (&s)[kScores], int j, float (&factor)[2]) {
       mask(s, rows.hi, j * kTileKeys);
-      const bool raised = exponentials(s, stats, factor, most);
+      const bool raised = softmax(s, j, stats, factor);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (raised) carried[half] *= factor[half];
-      leave_scores(s, j, stats, most, carried);
+      leave_scores(s, to, stats, carried);
+      to.advance();
       return raised;
     };
     if (p.has_output) {
-      if (tiles > 0) walk_pairs(tiles, o, softmax);
+      if (tiles > 0) walk_pairs(tiles, o, weigh);
     } else {
       float s[kScores], unused[2];
       for (int j = 0; j < tiles; ++j) {
         compute_scores(s, take());
-        softmax(s, j, unused);
+        weigh(s, j, unused);
       }
     }
+    // Each compressed token counts `reach` times in the scores of its blocks, all of which are in
+    // the tiles that were walked.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) stats.sum[half] *= block_.args.reach > 1.0f ? 0.5f : 1.0f;
     leave_lse(stats);
     Block::arrive(block_.barriers.scores_full, scores_at_);
     scores_at_.advance(kScoreBuffers);
   }
 
-  /// What each row's head adds to the importance of a tile's blocks, relative to the row's
-  /// greatest share in the tile. Lane c of a quad has the four compressed tokens that begin in each
-  /// of the blocks 8 i + 2 c and 8 i + 2 c + 1; the one that reaches into a block from before may
-  /// be another lane's. Lane 3 carries the tile's last one over to the next tile. Adds the
-  /// exponentials up on the way.
-  __device__ __forceinline__ void leave_scores(const float (&s)[kScores], int tile,
-                                               OnlineRow (&stats)[2], const float (&most)[2],
-                                               float (&carried)[2]) const {
-    const BlockScores scores(block_.args, scores_at_.slot);
-    const int quad_lane = lane_ % 4, row = warp_ * 16 + lane_ / 4;
-    // Strides that a compressed token covers of a block: one in its last stride, else all it has.
-    const float reach = p.config.block_size > p.config.block_stride ? 2.0f : 1.0f;
+  /// What each row's head adds to the importance of a tile's blocks. Lane c of a quad has the four
+  /// compressed tokens that begin in each of the blocks 8 i + 2 c and 8 i + 2 c + 1; the one that
+  /// reaches into a block from before may be another lane's. Lane 3 carries the tile's last one
+  /// over to the next tile. Adds the block scores up on the way.
+  __device__ __forceinline__ void leave_scores(const float (&s)[kScores], const ScoreRows& to,
+                                               OnlineRows& stats, float (&carried)[2]) const {
+    const int quad_lane = lane_ % 4;
+    const float reach = block_.args.reach;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // The greatest that adds to a block, but not so far below the reference of the exponentials
-      // that these are zero.
-      const float reference = stats[half].reference(p.scale_log2);
-      const float reaching = __shfl_sync(0xffffffffu, carried[half], lane_ | 3);
-      const float greatest = fmaxf(most[half] * p.scale_log2, reference + log2_approx(reaching));
-      const float tile_reference = fmaxf(greatest, reference - 100.0f) - BlockScores::kScaleLog2;
-      const float scale = exp2_approx(reference - tile_reference);
-      uint32_t packed[4];
+      float score[8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const auto token = [&](int k, int b) { return s[4 * (i + 4 * k) + 2 * half + b]; };
         const auto inside = [&](int b) {
-          const float first = token(0, b) + token(1, b) + token(2, b);
-          stats[half].sum += first + token(3, b);
-          return fmaf(reach, first, token(3, b));
+          return fmaf(reach, token(0, b) + token(1, b) + token(2, b), token(3, b));
         };
         const float sent = quad_lane == 3 ? carried[half] : token(3, 1);
         const float before = __shfl_sync(0xffffffffu, sent, (lane_ & ~3) | ((lane_ + 3) & 3));
         carried[half] = token(3, 1);
-        packed[i] = pack2<__half>(scale * fmaf(reach - 1.0f, before, inside(0)),
-                                  scale * fmaf(reach - 1.0f, token(3, 0), inside(1)));
+        score[2 * i] = fmaf(reach - 1.0f, before, inside(0));
+        score[2 * i + 1] = fmaf(reach - 1.0f, token(3, 0), inside(1));
       }
-      *reinterpret_cast<uint4*>(scores.row(tile, row + 8 * half) + 16 * quad_lane) =
-          make_uint4(packed[0], packed[1], packed[2], packed[3]);
-      if (quad_lane == 0) scores.references(tile)[row + 8 * half] = tile_reference;
+      int greatest = 0;  // they are not negative: compared as integers, three at once
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        stats.sum[half] += score[i];
+        greatest = max(greatest, __float_as_int(score[i]));
+      }
+      const float scale = BlockScores::scale(quad_max(greatest));
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        packed[i] = pack2<__half>(scale * score[2 * i], scale * score[2 * i + 1]);
+      to.store(half, make_uint4(packed[0], packed[1], packed[2], packed[3]));
+      if (quad_lane == 0) to.store_reference(half, stats.reference[half] - log2_approx(scale));
     }
   }
   /// What turns the references into weights once the job is done.
-  __device__ __forceinline__ void leave_lse(const OnlineRow (&stats)[2]) const {
+  __device__ __forceinline__ void leave_lse(const OnlineRows& stats) const {
     float* to = Ranker<Shape>::smem(block_).minus_lse[scores_at_.slot];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      OnlineRow whole = stats[half];
-      whole.merge_quad(p.scale_log2);
-      const float lse = whole.lse2(p.scale_log2);
+      const float lse = stats.lse2(half, quad_sum(stats.sum[half]));
       const int row = warp_ * 16 + lane_ / 4 + 8 * half, head = row & ((1 << p.log2_group) - 1);
       // Rows that only pad the group, and those that see nothing, weigh nothing.
       if (lane_ % 4 == 0)
@@ -448,8 +444,9 @@ class Consumer {
   const Block& block_;
   const FwdParams& p;
   const int consumer_, warp_, lane_;
-  const uint32_t q_;
-  Cursor at_, list_, scores_at_;
+  const uint32_t q_, first_, words_;
+  Tile at_;
+  Cursor list_, scores_at_;
 };
 
 }  // namespace nsa::cuda::sm90

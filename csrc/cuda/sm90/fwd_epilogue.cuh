@@ -1,9 +1,9 @@
 // From a warpgroup's accumulators to the rows of the outputs.
 #pragma once
 
-#include "cuda/device/softmax.cuh"
 #include "cuda/device/tma.cuh"
 #include "cuda/fwd/gates.cuh"
+#include "cuda/sm90/fwd_softmax.cuh"
 
 namespace nsa::cuda::sm90 {
 
@@ -48,16 +48,16 @@ __device__ __forceinline__ void prefetch_rows(const FwdParams& p, const Job& job
 /// written at a time; more hide latency, and take registers.
 template <class T, int kDimV, int kBatch>
 __device__ __forceinline__ void write_rows(const FwdParams& p, const Job& job, int row,
-                                           const float (&o)[kDimV / 2], OnlineRow (&stats)[2]) {
+                                           const float (&o)[kDimV / 2], const OnlineRows& stats) {
   constexpr int kChunks = kDimV / 32;  // of 16 bytes, a quarter of a row
   const int quad_lane = threadIdx.x % 4;
   uint4 chunks[2][kChunks];
   float lse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    stats[half].merge_quad(p.scale_log2);
-    const float scale = stats[half].sum > 0.0f ? 1.0f / stats[half].sum : 0.0f;
-    lse[half] = stats[half].lse2(p.scale_log2) * kLn2;
+    const float sum = quad_sum(stats.sum[half]);
+    const float scale = sum > 0.0f ? 1.0f / sum : 0.0f;
+    lse[half] = stats.lse2(half, sum) * kLn2;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       uint32_t w[4];

@@ -79,6 +79,7 @@ void launch_shape(const AttnShape& shape, const FwdParams& params, void* workspa
   args.v = map(p.v, shape.dim_v);
 
   args.score_tiles = BlockScores::tiles(p);
+  args.reach = p.config.block_size > p.config.block_stride ? 2.0f : 1.0f;
   const unsigned blocks = grid_size(std::min<int64_t>(args.jobs, multiprocessor_count()));
   // With an output of this call before it, a range runs beside that branch's end.
   if (Shape::kWalk == Walk::kList || (Shape::kWalk == Walk::kRange && p.earlier[0].ptr))

@@ -31,9 +31,9 @@ class BlockList {
   __device__ __forceinline__ uint32_t tokens(int tile) const {
     return entries_[tile >> tiles_shift_].y;
   }
-  /// The bits of the tokens of a consumer's 64 rows.
-  __device__ __forceinline__ static uint32_t consumer_tokens(const FwdParams& p, int consumer) {
-    const int tokens = 64 >> p.log2_group, first = consumer * tokens;
+  /// The bits of the tokens of `count` rows of the query tile, a power of two of them.
+  __device__ __forceinline__ static uint32_t row_tokens(const FwdParams& p, int row, int count) {
+    const int tokens = max(count >> p.log2_group, 1), first = row >> p.log2_group;
     if (first >= 32) return 0;
     return (tokens < 32 ? (1u << tokens) - 1 : ~0u) << first;
   }

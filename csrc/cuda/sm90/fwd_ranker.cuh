@@ -53,34 +53,31 @@ class Ranker {
   }
 
  private:
-  /// Chunks of a token and tile, and rows of a chunk.
-  __device__ __forceinline__ int shares() const { return max(1 << p_.log2_group >> 4, 1); }
-  __device__ __forceinline__ int chunk_rows() const { return min(1 << p_.log2_group, 16); }
-
-  /// Starts the copy of rows from `row` on of a tile; a group of copies of its own.
-  __device__ __forceinline__ void copy(const BlockScores& scores, int tile, int row,
+  /// Starts the copy of a chunk: this lane's part of the scores, and of the references. A group of
+  /// copies of its own.
+  template <int kRows>
+  __device__ __forceinline__ void copy(const char* scores, const float* references,
                                        Chunk& chunk) const {
-    const char* from = scores.row(tile, row) + 16 * lane_;
     const uint32_t to = smem_addr(chunk.scores + 16 * lane_);
-    if (lane_ < 4 * chunk_rows()) cp_async_16(to, from);  // 8 rows of 64 bytes
-    if (chunk_rows() > 8) cp_async_16(to + 512, from + 512);
-    if (4 * lane_ < chunk_rows())
-      cp_async_16(smem_addr(chunk.references + 4 * lane_),
-                  scores.references(tile) + row + 4 * lane_);
+    if (kRows >= 8 || lane_ < 4 * kRows) cp_async_16(to, scores);  // 8 rows of 64 bytes
+    if (kRows == 16) cp_async_16(to + 512, scores + 512);
+    if (4 * lane_ < kRows) cp_async_16(smem_addr(chunk.references + 4 * lane_), references);
     cp_async_commit();
   }
 
-  /// What the rows of a chunk, a token's from `row` on, add to the score of this lane's block.
-  __device__ __forceinline__ float weigh(int row, const Chunk& chunk) const {
+  /// What the rows of a chunk add to the score of this lane's block. `minus_lse`: of the first of
+  /// the rows that this lane weighs.
+  template <int kRows>
+  __device__ __forceinline__ float weigh(const float* minus_lse, const Chunk& chunk) const {
     cp_async_wait<kChunks * kTokensOfWarp - 1>();
     __syncwarp();
     // Lane c of quad g has the blocks 8 i + 2 c + b of the rows g and g + 8.
     float sums[8] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < (kRows + 7) / 8; ++half) {
       const int r = lane_ / 4 + 8 * half;
-      if (r >= chunk_rows()) break;
-      const float weight = exp2_approx(chunk.references[r] + smem_.minus_lse[at_.slot][row + r]);
+      if (kRows < 8 && r >= kRows) break;
+      const float weight = exp2_approx(chunk.references[r] + minus_lse[8 * half]);
       add_scaled<__half>(sums, weight,
                          *reinterpret_cast<const uint4*>(chunk.scores + 512 * half + 16 * lane_));
     }
@@ -127,11 +124,17 @@ class Ranker {
     for (int i = 0; i < kTokensOfWarp; ++i) {
       const int token = first + i * kRankingWarps;
       const Forced forced(p_, job.position(token));
-      best.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
       tokens.open_end[i] = token < job.tokens ? forced.local : 0;
       tokens.row[i] = min(token, job.tokens - 1) << p_.log2_group;
     }
-    best.bound(sum_rows(scores, tiles, tokens).score);
+    const Most most = sum_rows(scores, tiles, tokens);
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      const int token = first + i * kRankingWarps;
+      const Forced forced(p_, job.position(token));
+      best.clear(i, token < job.tokens ? forced.capacity(p_.index_count) : 0);
+    }
+    best.bound(most.score);
     // Blocks may begin past the last tile, where no compressed token reaches.
     const int last_block = job.position(job.tokens - 1) >> p_.select_shift;
     choose(scores, tiles, max(tiles, last_block / BlockScores::kBlocks + 1), tokens, best);
@@ -157,19 +160,52 @@ class Ranker {
   /// Sums the rows of each token, into its first. Returns the best that this lane has seen.
   __device__ __forceinline__ Most sum_rows(const BlockScores& scores, int tiles,
                                            const Tokens& tokens) const {
+    switch (p_.log2_group) {
+      case 2:
+        return sum_rows<4, 1>(scores, tiles, tokens, 1);
+      case 3:
+        return sum_rows<8, 1>(scores, tiles, tokens, 1);
+      case 4:
+        return sum_rows<16, 1>(scores, tiles, tokens, 1);
+      default:
+        return sum_rows<16, 0>(scores, tiles, tokens, 1 << p_.log2_group >> 4);
+    }
+  }
+  /// kRows: of a chunk; shares: chunks of a token and tile, kShares where that is not 0.
+  template <int kRows, int kShares>
+  __device__ __forceinline__ Most sum_rows(const BlockScores& scores, int tiles,
+                                           const Tokens& tokens, int shares) const {
+    if (kShares > 0) shares = kShares;
+    constexpr int kShareBytes = 16 * BlockScores::kRowBytes;
+    constexpr int kShareReferences = 16 * sizeof(float);
     Chunk(&chunks)[kChunks][kTokensOfWarp] = smem_.chunks[warp_];
+    // Of the first token: what this lane copies next, the lse of what it weighs, where its sums go.
+    // Rows from there to the token's first.
+    const int first = tokens.row[0];
+    const char* from = scores.row(0, first) + 16 * lane_;
+    const float* references = scores.references(0) + first + 4 * lane_;
+    const float* minus_lse = &smem_.minus_lse[at_.slot][first + lane_ / 4];
+    char* to = reinterpret_cast<char*>(&sum(scores, 0, first, lane_block()));
+    int rows[kTokensOfWarp];
     Most most;
 #pragma unroll
-    for (int i = 0; i < kTokensOfWarp; ++i) most.score[i] = kNoScore;
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      rows[i] = tokens.row[i] - first;
+      most.score[i] = kNoScore;
+    }
     if (tiles == 0) return most;
-    int next_tile = 0, next_share = 0;
+    int left = tiles * shares, next_share = 0;
     const auto copy_next = [&](int place, int i) {
-      copy(scores, next_tile, tokens.row[i] + 16 * next_share, chunks[place][i]);
+      copy<kRows>(from + rows[i] * BlockScores::kRowBytes, references + rows[i], chunks[place][i]);
     };
-    const auto move_on = [&] {
-      if (++next_share < shares()) return;
+    const auto move_on = [&] {  // past the end the last chunk again
+      if (--left <= 0) return;
+      from += kShareBytes;
+      references += kShareReferences / sizeof(float);
+      if (++next_share < shares) return;
       next_share = 0;
-      next_tile = min(next_tile + 1, tiles - 1);  // past the end the last tile again
+      from += BlockScores::kTileBytes - shares * kShareBytes;
+      references += (BlockScores::kTileBytes - shares * kShareReferences) / sizeof(float);
     };
 #pragma unroll
     for (int place = 0; place < kChunks; ++place) {
@@ -182,10 +218,10 @@ class Ranker {
     for (int tile = 0; tile < tiles; ++tile) {
       float score[kTokensOfWarp] = {};
 #pragma unroll 1
-      for (int share = 0; share < shares(); ++share) {
+      for (int share = 0; share < shares; ++share) {
 #pragma unroll
         for (int i = 0; i < kTokensOfWarp; ++i) {
-          score[i] += weigh(tokens.row[i] + 16 * share, chunks[place][i]);
+          score[i] += weigh<kRows>(minus_lse + rows[i] + 16 * share, chunks[place][i]);
           copy_next(place, i);
         }
         move_on();
@@ -195,10 +231,12 @@ class Ranker {
       for (int i = 0; i < kTokensOfWarp; ++i) {
         if (open(tokens, i, tile * BlockScores::kBlocks + lane_block()))
           most.score[i] = max(most.score[i], score_order(score[i]));
-        if (tokens.open_end[i] > 0) sum(scores, tile, tokens.row[i], lane_block()) = score[i];
+        if (tokens.open_end[i] > 0)
+          *reinterpret_cast<float*>(to + rows[i] * BlockScores::kRowBytes) = score[i];
       }
+      to += BlockScores::kTileBytes;
     }
-    cp_async_wait<0>();  // of a tile that is not there
+    cp_async_wait<0>();  // of a chunk that is not there
     return most;
   }
 

@@ -6,8 +6,9 @@
 // consumers work on the next.
 //
 // In float32 they cost 3 ms of 65536 tokens, because they do not stay in L2; so they are float16,
-// with the row's own greatest score in the tile as reference: what lies up to 2^-26 below it is off
-// by at most 2^-11 of itself, and the sum over heads is float32.
+// multiplied by a power of two that brings the row's own greatest score in the tile near the end of
+// the range: what lies up to 2^-28 below it is off by at most 2^-11 of itself, and the sum over
+// heads is float32.
 #pragma once
 
 #include "cuda/sm90/fwd_block.cuh"
@@ -30,8 +31,14 @@ class BlockScores {
   static constexpr int kRows = 128, kBlocks = 32;
   static constexpr int kRowBytes = kBlocks * sizeof(__half);
   static constexpr int kTileBytes = kRows * (kRowBytes + sizeof(float));
-  /// log2 of what scores are multiplied by, the reference's share of it: at most 8 becomes 2^15.
-  static constexpr float kScaleLog2 = 12.0f;
+  /// What the scores of a row and tile are multiplied by, a power of two: the greatest of them,
+  /// given as an integer of the same bits, comes to lie in [2^14, 2^15).
+  static __device__ __forceinline__ float scale(int greatest) {
+    constexpr uint32_t kExponent = 0x7f800000, kLeast = (127 - 100) << 23;
+    // Zero, or that little below the reference of the exponentials: as 2^-100.
+    const auto bits = static_cast<uint32_t>(max(greatest, static_cast<int>(kLeast)));
+    return __uint_as_float(((127u + 127 + 14) << 23) - (bits & kExponent));
+  }
 
   /// Tiles of the longest sequence of a call.
   static int tiles(const FwdParams& p) {
@@ -57,6 +64,30 @@ class BlockScores {
 
  private:
   char* base_;
+};
+
+/// Where a lane of a quad stores what it has of the scores of the rows `row` and `row + 8`, tile
+/// after tile.
+class ScoreRows {
+ public:
+  __device__ __forceinline__ ScoreRows(const BlockScores& scores, int row, int quad_lane)
+      : scores_(scores.row(0, row) + 16 * quad_lane),
+        references_(reinterpret_cast<char*>(scores.references(0) + row)) {}
+
+  __device__ __forceinline__ void store(int half, const uint4& x) const {
+    *reinterpret_cast<uint4*>(scores_ + half * 8 * BlockScores::kRowBytes) = x;
+  }
+  /// log2 of what the stored scores are to be multiplied by, but for the row's lse.
+  __device__ __forceinline__ void store_reference(int half, float x) const {
+    reinterpret_cast<float*>(references_)[8 * half] = x;
+  }
+  __device__ __forceinline__ void advance() {
+    scores_ += BlockScores::kTileBytes;
+    references_ += BlockScores::kTileBytes;
+  }
+
+ private:
+  char *scores_, *references_;
 };
 
 }  // namespace nsa::cuda::sm90

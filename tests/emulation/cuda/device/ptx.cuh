@@ -19,6 +19,7 @@ using bf16 = __nv_bfloat16;
 
 inline uint32_t smem_addr(const void* p) { return emulator::shared_address(p); }
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+inline uint32_t keep(uint32_t x) { return x; }
 inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 template <class Object>
 const Object* uniform(const Object* x) {
