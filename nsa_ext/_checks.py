@@ -49,22 +49,23 @@ def check_tensor(
     ``like`` (q) and of its dtype, or of ``dtype``. ``fits_to`` names where the sizes come from."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    fits = x.dim() == len(sizes)
-    for i, size in enumerate(sizes):
-        fits = fits and (size is None or x.shape[i] == size)
+    shape = x.shape
+    fits = len(shape) == len(sizes)
+    for actual, size in zip(shape, sizes, strict=False):
+        fits = fits and (size is None or actual == size)
     if not fits:
         expected = ", ".join(
             dim if size is None else f"{dim}={size}" for dim, size in zip(dims, sizes, strict=True)
         )
         source = f" to fit {fits_to}" if fits_to else ""
-        raise ValueError(f"{name}: expected shape ({expected}){source}, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape ({expected}){source}, got {tuple(shape)}")
     if dtype is None and like is not None:
         dtype = like.dtype
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {x.dtype}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {x.device}")
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected the last dim to be contiguous, got strides {x.stride()}"
         )
@@ -92,7 +93,7 @@ def check_aligned(name: str, x: Tensor) -> None:
 
 def check_supported(q: Tensor, num_kv_heads: int, dim_v: int, config: NSAConfig) -> None:
     """The kernels of q's GPU take these sizes. A compiled call learns that when it runs."""
-    if q.device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+    if not q.is_cuda or torch.compiler.is_compiling():
         return
     sizes = (q.shape[-2], num_kv_heads, q.shape[-1], dim_v)
     if reasons := _unsupported(q.device, q.dtype, *sizes, config):
@@ -101,6 +102,8 @@ def check_supported(q: Tensor, num_kv_heads: int, dim_v: int, config: NSAConfig)
 
 @functools.lru_cache
 def _unsupported(device, dtype, num_heads, num_kv_heads, head_dim, head_dim_v, config) -> str:
+    if not torch.cuda.is_available():  # fake tensors
+        return ""
     reasons = supports(
         device=device,
         dtype=dtype,
@@ -144,14 +147,14 @@ def check_k(
 ) -> None:
     """The keys of a branch fit to q: raw ones, or compressed tokens. ``rows`` (Sk, Tc or packed
     rows) and ``heads`` are given where they are known already."""
+    *batch, _, heads_q, dim_k = q.shape
     dims = (*_key_rows(packed, compressed), "Hkv", "Dk")
-    batch = () if packed else (q.shape[0],)
-    check_tensor(name, k, dims, (*batch, rows, heads, q.shape[-1]), like=q)
+    check_tensor(name, k, dims, (*batch, rows, heads, dim_k), like=q)
     check_aligned(name, k)
     num_heads = k.shape[-2]
-    if num_heads < 1 or q.shape[-2] % num_heads:
+    if num_heads < 1 or heads_q % num_heads:
         raise ValueError(
-            f"{name}: expected a number of heads Hkv that divides the {q.shape[-2]} heads of q, "
+            f"{name}: expected a number of heads Hkv that divides the {heads_q} heads of q, "
             f"got {num_heads}"
         )
 

@@ -50,7 +50,7 @@ class Phi(nn.Module):
         super().__init__()
         self.kind = kind
         self.config = config
-        dense = kind in ("mlp", "linear")
+        self.dense = dense = kind in ("mlp", "linear")
         shapes = {
             "weight": (config.block_size,) if kind == "weighted" else None,
             "pos": (config.block_size, dim) if pos and kind != "mean" else None,
@@ -96,15 +96,16 @@ class Phi(nn.Module):
             self.w2.normal_(std=_INIT_NOISE * hidden**-0.5).add_(inverse.to(self.w2.dtype))
 
     def cast_weights(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """weight, pos, w1, b1, w2, b2."""
-        return [p if p is None else p.to(dtype) for p in self.weights().values()]
+        """weight and pos, or where phi is dense pos, w1, b1, w2, b2: as the operators take them."""
+        names = ("pos", "w1", "b1", "w2", "b2") if self.dense else ("weight", "pos")
+        weights = [getattr(self, name) for name in names]
+        return [w if w is None else w.to(dtype) for w in weights]
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-        weight, pos, w1, b1, w2, b2 = self.cast_weights(x.dtype)
+        ops = torch.ops.nsa_ext
+        compress = ops.compress_mlp_fwd if self.dense else ops.compress_pool_fwd
         blocks = (cu_seqlens, max_seqlen, self.config.block_size, self.config.block_stride)
-        if w1 is None:
-            return torch.ops.nsa_ext.compress_pool_fwd(x, weight, pos, *blocks)
-        return torch.ops.nsa_ext.compress_mlp_fwd(x, pos, w1, b1, w2, b2, *blocks)
+        return compress(x, *self.cast_weights(x.dtype), *blocks)
 
     def extra_repr(self) -> str:
         shapes = (f"{n}={tuple(p.shape)}" for n, p in self.weights().items() if p is not None)
@@ -231,16 +232,13 @@ class KVCompressor(nn.Module):
         if not plain or k.device.type != "cuda" or k.shape[1] > self.config.block_stride:
             return False
         phis = (self.phi_k, self.phi_v)
-        if self.phi_k.w1 is not None and any(phi.w1.shape[1] % 8 for phi in phis):
+        if self.phi_k.dense and any(phi.w1.shape[1] % 8 for phi in phis):
             return False
         self._check_input(k, v, packed=False)
-        weights = [phi.cast_weights(k.dtype) for phi in phis]
-        if self.phi_k.w1 is None:
-            pools = [weight for phi in weights for weight in phi[:2]]
-            torch.ops.nsa_ext.cache_store_pool(*arguments, *pools)
-        else:
-            dense = [weight for phi in weights for weight in phi[1:]]
-            torch.ops.nsa_ext.cache_store_mlp(*arguments, *dense)
+        weights = [weight for phi in phis for weight in phi.cast_weights(k.dtype)]
+        ops = torch.ops.nsa_ext
+        store = ops.cache_store_mlp if self.phi_k.dense else ops.cache_store_pool
+        store(*arguments, *weights)
         return True
 
     def _check_input(self, k: Tensor, v: Tensor, packed: bool) -> None:

@@ -117,7 +117,8 @@ def sparse_attn(
     if callable(compress):
         check_compressor(compress, config)
         k_raw, v_raw = k if k_cmp is None else k_cmp, v if v_cmp is None else v_cmp
-        check_kv(("k_cmp", "v_cmp"), k_raw, v_raw, q, packed, rows_k, num_kv_heads)
+        if k_cmp is not None or v_cmp is not None:
+            check_kv(("k_cmp", "v_cmp"), k_raw, v_raw, q, packed, rows_k, num_kv_heads)
         compressed = compress(
             k_raw, v_raw, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=seqlens.max_seqlen_k
         )

@@ -19,17 +19,18 @@ namespace {
 std::string text(int64_t value) { return std::to_string(value); }
 
 void check_dims(const AttnShape& shape, std::vector<std::string>& reasons) {
-  std::string list;
-  bool found = false, bf16 = true;
-#define NSA_MATCH(T, kDk, kDv)                                  \
-  bf16 = std::is_same_v<T, __nv_bfloat16>;                      \
-  found = found || (shape.dim_qk == kDk && shape.dim_v == kDv); \
-  if (bf16) list += (list.empty() ? "(" : ", (") + text(kDk) + ", " + text(kDv) + ")";
+#define NSA_MATCH(T, kDk, kDv) \
+  if (shape.dim_qk == kDk && shape.dim_v == kDv) return;
   NSA_ATTN_INSTANCES(NSA_MATCH)
 #undef NSA_MATCH
-  if (!found)
-    reasons.push_back("(Dk, Dv) must be one of " + list + " on CUDA, got (" + text(shape.dim_qk) +
-                      ", " + text(shape.dim_v) + ")");
+  std::string list;
+#define NSA_LIST(T, kDk, kDv)           \
+  if (std::is_same_v<T, __nv_bfloat16>) \
+    list += (list.empty() ? "(" : ", (") + text(kDk) + ", " + text(kDv) + ")";
+  NSA_ATTN_INSTANCES(NSA_LIST)
+#undef NSA_LIST
+  reasons.push_back("(Dk, Dv) must be one of " + list + " on CUDA, got (" + text(shape.dim_qk) +
+                    ", " + text(shape.dim_v) + ")");
 }
 
 std::string join(const std::vector<std::string>& reasons) {

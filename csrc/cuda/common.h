@@ -1,5 +1,5 @@
-// What every translation unit of the CUDA backend needs: errors, integer helpers, workspaces,
-// 16-bit dispatch.
+// What every translation unit of the CUDA backend needs: errors, launches, integer helpers,
+// workspaces, 16-bit dispatch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,8 +7,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "nsa/params.h"
 
@@ -33,12 +37,33 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+/// What is set and known of a kernel on one device.
+struct KernelState {
+  int64_t shared_bytes = 0;  // dynamic shared memory that was asked for
+  int ptx_version = 0;       // of its code; 0: not asked yet
+};
+
+/// Calls body(state) with that of `kernel` on the current device, one caller at a time: CUDA is
+/// asked once, not at each launch.
+inline void with_kernel_state(const void* kernel, const std::function<void(KernelState&)>& body) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, KernelState> states;
+  int device;
+  NSA_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  body(states[{kernel, device}]);
+}
+
 /// Lets `kernel` use `bytes` of dynamic shared memory; more than 48 KB must be asked for.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int64_t bytes) {
-  if (bytes > 48 * 1024)
+  if (bytes <= 48 * 1024) return;
+  with_kernel_state(reinterpret_cast<const void*>(kernel), [&](KernelState& state) {
+    if (bytes <= state.shared_bytes) return;
     NSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(bytes)));
+    state.shared_bytes = bytes;
+  });
 }
 
 /// Of the current device.

@@ -134,7 +134,7 @@ struct Backward : Call<AttnBwd> {
     branch.lse = lse_view(lse, packed);
   }
   Tensor new_grad(OutView& target, const Tensor& like) const {
-    const Tensor grad = torch::stable::new_empty(like, like.sizes());
+    const Tensor grad = empty_as(like);
     target = view<void>(grad, packed);
     return grad;
   }
@@ -198,8 +198,14 @@ Tensor2 set_new_outputs(const Forward& call, BranchFwd& branch) {
   return {out, lse};
 }
 
-/// Branch `c` of a (3, ...) tensor.
-Tensor branch_of(const Tensor& tensor, int c) { return torch::stable::select(tensor, 0, c); }
+/// Branch `c` of a (3, ...) tensor; torch::stable::select would go through the dispatcher.
+Tensor branch_of(const Tensor& tensor, int c) {
+  AtenTensorHandle branch = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim() - 1, tensor.sizes().data() + 1,
+                                     tensor.strides().data() + 1, c * tensor.stride(0), &branch));
+  return Tensor(branch);
+}
 
 constexpr const char* kNames[kNumBranches][2] = {
     {"k_cmp", "v_cmp"}, {"k_slc", "v_slc"}, {"k_win", "v_win"}};

@@ -45,7 +45,7 @@ void check_weight(const OptTensor& weight, const char* name, const std::vector<i
 }
 
 Tensor empty_like_or_absent(const OptTensor& tensor, const Tensor& like) {
-  return tensor ? torch::stable::empty_like(*tensor) : absent(like);
+  return tensor ? empty_as(*tensor) : absent(like);
 }
 
 void* output_or_null(const OptTensor& present, const Tensor& output) {
@@ -115,7 +115,7 @@ Tensor3 compress_pool_bwd(Tensor dout, Tensor x, OptTensor weight, OptTensor pos
   const auto [shape, packed] =
       check_pool(x, weight, pos, cu_seqlens, max_seqlen, block_size, block_stride);
   check(dout, "dout", compressed_sizes(shape, shape.dim), x.scalar_type(), x);
-  const Tensor dx = torch::stable::new_empty(x, x.sizes());
+  const Tensor dx = empty_as(x);
   const Tensor dweight = empty_like_or_absent(weight, x), dpos = empty_like_or_absent(pos, x);
   const CompressPoolBwd params{shape,
                                view(dout, packed),
@@ -165,8 +165,8 @@ Tensor6 compress_mlp_bwd(Tensor dout, Tensor x, OptTensor pos, Tensor w1, OptTen
   const auto [shape, hidden, dim_out, packed] =
       check_mlp(x, pos, w1, b1, w2, b2, cu_seqlens, max_seqlen, block_size, block_stride);
   check(dout, "dout", compressed_sizes(shape, dim_out), x.scalar_type(), x);
-  const Tensor dx = torch::stable::new_empty(x, x.sizes());
-  const Tensor dpos = empty_like_or_absent(pos, x), dw1 = torch::stable::empty_like(w1);
+  const Tensor dx = empty_as(x);
+  const Tensor dpos = empty_like_or_absent(pos, x), dw1 = empty_as(w1);
   const Tensor db1 = empty_like_or_absent(b1, x), dw2 = empty_like_or_absent(w2, x),
                db2 = empty_like_or_absent(b2, x);
   const CompressMlpBwd params{shape,

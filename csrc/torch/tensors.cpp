@@ -2,13 +2,19 @@
 
 namespace nsa::binding {
 
-std::string shape_string(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+namespace {
+
+std::string text_of(IntArrayRef sizes) {
+  std::string text;
+  for (const int64_t size : sizes) {
+    text += (text.empty() ? "(" : ", ") + (size < 0 ? std::string("*") : std::to_string(size));
   }
-  return text + ")";
+  return text.empty() ? "()" : text + ")";
 }
+
+}  // namespace
+
+std::string shape_string(const Tensor& tensor) { return text_of(tensor.sizes()); }
 
 DType to_dtype(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -29,12 +35,10 @@ DType to_dtype(const Tensor& tensor, const char* name) {
 void check(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape,
            ScalarType dtype, const Tensor& like) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string expected = "(";
   for (size_t i = 0; i < shape.size(); ++i) {
     same = same && (shape[i] < 0 || tensor.size(i) == shape[i]);
-    expected += (i ? ", " : "") + (shape[i] < 0 ? std::string("*") : std::to_string(shape[i]));
   }
-  STD_TORCH_CHECK(same, name, " must have shape ", expected, "), got ", shape_string(tensor));
+  STD_TORCH_CHECK(same, name, " must have shape ", text_of(shape), ", got ", shape_string(tensor));
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has an unexpected dtype");
   STD_TORCH_CHECK(tensor.device() == like.device(), name, " is on another device than the rest");
   const int64_t last = tensor.dim() - 1;
@@ -46,8 +50,14 @@ void check_contiguous(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+Tensor empty(const Tensor& like, IntArrayRef shape, ScalarType dtype) {
+  // torch::stable::new_empty looks the operator up by name and boxes its arguments: 1 us more.
+  auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      like.get(), shape.data(), static_cast<int64_t>(shape.size()), &type, /*layout=*/nullptr,
+      /*device=*/nullptr, 0, /*pin_memory=*/nullptr, &tensor));
+  return Tensor(tensor);
 }
 
 const int32_t* cu_seqlens_ptr(const OptTensor& cu_seqlens, const char* name, int64_t rows,

@@ -19,6 +19,7 @@ namespace nsa::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using IntArrayRef = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptTensor = std::optional<Tensor>;
 
 std::string shape_string(const Tensor& tensor);
@@ -58,7 +59,9 @@ inline const void* data_or_null(const OptTensor& tensor) {
 }
 
 /// An output tensor on the device of `like`; the kernels write every element.
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+Tensor empty(const Tensor& like, IntArrayRef shape, ScalarType dtype);
+/// The same of the shape and dtype of `like`.
+inline Tensor empty_as(const Tensor& like) { return empty(like, like.sizes(), like.scalar_type()); }
 /// What an absent optional result is: shape (0,).
 inline Tensor absent(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 

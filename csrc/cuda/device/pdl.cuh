@@ -28,11 +28,18 @@ template <class Params>
 void launch_overlapping(void (*kernel)(Params), const char* name, dim3 grid, int threads,
                         int64_t shared_bytes, cudaStream_t stream, const Params& params) {
   allow_shared_memory(kernel, shared_bytes);
-  // Kernels of unlike carve-outs cannot share a multiprocessor.
-  NSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                      cudaSharedmemCarveoutMaxShared));
-  cudaFuncAttributes attributes;
-  NSA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  int ptx_version = 0;
+  with_kernel_state(reinterpret_cast<const void*>(kernel), [&](KernelState& state) {
+    if (state.ptx_version == 0) {
+      // Kernels of unlike carve-outs cannot share a multiprocessor.
+      NSA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                          cudaSharedmemCarveoutMaxShared));
+      cudaFuncAttributes attributes;
+      NSA_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+      state.ptx_version = attributes.ptxVersion;
+    }
+    ptx_version = state.ptx_version;
+  });
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -43,7 +50,7 @@ void launch_overlapping(void (*kernel)(Params), const char* name, dim3 grid, int
   config.stream = stream;
   config.attrs = &attribute;
   // Code for sm_80 that runs on a newer GPU holds no waits.
-  config.numAttrs = attributes.ptxVersion >= 90;
+  config.numAttrs = ptx_version >= 90;
   throw_if(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
