@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd
+from torch.library import register_autograd
 
 from ._layout import rows_aligned
 
@@ -185,8 +185,6 @@ def _(dout, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *rest):
 # Derivatives. Every forward takes its tensors first, and of these first the ones that have a
 # gradient; of its results the first alone is differentiable.
 
-_library = Library("nsa_ext", "FRAGMENT")
-
 
 def _differentiate(
     name: str,
@@ -205,26 +203,19 @@ def _differentiate(
         saved: the results of the forward that the backward needs.
         numbers: those of the other inputs that the backward takes.
     """
-    forward_op = getattr(torch.ops.nsa_ext, f"{name}_fwd").default
     backward_op = getattr(torch.ops.nsa_ext, f"{name}_bwd").default
 
-    def below_autograd(keyset, inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-
-    def forward(ctx, keyset, *inputs):
-        output = below_autograd(keyset, inputs)
+    def setup_context(ctx, inputs, output) -> None:
         outputs = (output,) if isinstance(output, Tensor) else output
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *outputs[saved])
         ctx.numbers = inputs[tensors:]
-        return output
 
     def backward(ctx, dout, *_):
         without_grad = (tensors - differentiable + len(ctx.numbers)) * (None,)
         if dout is None:
-            return (None, *(differentiable * (None,)), *without_grad)
+            return (*(differentiable * (None,)), *without_grad)
         if (dout.shape[-1] != 1 and dout.stride(-1) != 1) or not rows_aligned(dout):
             dout = dout.contiguous()
         stored = ctx.saved_tensors  # read once: activation checkpointing recomputes at each read
@@ -236,23 +227,13 @@ def _differentiate(
             *inputs[differentiable:],
             *numbers(ctx.numbers),
         )
-        needed = zip(grads, ctx.needs_input_grad[1:], strict=False)
-        return (None, *(grad if need else None for grad, need in needed), *without_grad)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"nsa_ext_{name}", (torch.autograd.Function,), methods)
-
-    def autograd_kernel(keyset, *inputs):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(keyset, *inputs)
-        return below_autograd(keyset, inputs)
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return (*(grad if need else None for grad, need in needed), *without_grad)
 
     def second_backward(ctx, *_):
         raise NotImplementedError(f"nsa_ext::{name}: second derivatives are not implemented")
 
-    # What register_autograd does, but for its reading the schema anew for each argument: in
-    # sparse_attn_fwd 60 us a call with torch 2.14.
-    _library.impl(f"{name}_fwd", autograd_kernel, "Autograd", with_keyset=True)
+    register_autograd(f"nsa_ext::{name}_fwd", backward, setup_context=setup_context)
     register_autograd(f"nsa_ext::{name}_bwd", second_backward)
 
 
