@@ -26,6 +26,11 @@ __device__ __forceinline__ const Object* uniform(const Object* x) {
       static_cast<uint64_t>(uniform(static_cast<uint32_t>(bits >> 32))) << 32 |
       uniform(static_cast<uint32_t>(bits)));
 }
+/// x in a register: the compiler would rather work it out anew for each use.
+__device__ __forceinline__ uint32_t keep(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- Asynchronous copies, global -> shared ------------------------------------------------------
 
@@ -66,6 +71,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t addr) {
                : "r"(addr)
                : "memory");
   return r;
+}
+
+/// What lies at an address of shared memory.
+template <class Object>
+__device__ __forceinline__ Object& shared_object(uint32_t addr) {
+  return *static_cast<Object*>(__cvta_shared_to_generic(addr));
 }
 
 // ---- mbarrier -----------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class DkvKernel {
       }
     } else {
       raise_registers<Shape::kConsumerRegisters>();
-      consume(threadIdx.x / 128 - 1);
+      consume(uniform(static_cast<int>(threadIdx.x / 128) - 1));
     }
   }
 
@@ -109,16 +109,12 @@ class DkvKernel {
 
   // ---- Consumers --------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void wait_full(const Position& at) {
-    mbarrier_wait(smem_addr(&smem_.full[at.slot]), at.parity);
-  }
-
   /// Releases `count` tiles unread. An arrival before the tile is there would count for the tile
   /// before it.
   __device__ __forceinline__ void pass_over(int count, Position& at) {
     for (int i = 0; i < count; ++i) {
-      wait_full(at);
-      arrive_warp(smem_.empty[at.slot]);
+      mbarrier_wait(at.full, at.parity);
+      mbarrier_arrive_warp(at.empty());
       at.advance();
     }
   }
@@ -127,18 +123,19 @@ class DkvKernel {
     int first, count, total;
     {
       const RowWalk walk(launch_, task_);
-      total = walk.tiles;
+      total = uniform(walk.tiles);
       if constexpr (Shape::kList) {
         first = min(consumer, total);
         count = (total + 1 - consumer) / 2;
       } else {
         const QueryRange seen = queries_of(consumer);
-        first = seen.begin >> (6 - launch_.log2_group);
-        count = ((seen.begin + seen.count + walk.tokens - 1) >> (6 - launch_.log2_group)) - first;
-        if (seen.count <= 0) first = count = 0;
+        first = uniform(seen.begin >> (6 - launch_.log2_group));
+        count = uniform((seen.begin + seen.count + walk.tokens - 1) >> (6 - launch_.log2_group)) -
+                first;
+        if (uniform(seen.count) <= 0) first = count = 0;
       }
     }
-    Position at;
+    Position at(smem_addr(smem_.full));
     pass_over(first, at);
     float dk[kDimQk / 2], dv[kDimV / 2];
 #pragma unroll
@@ -181,38 +178,41 @@ class DkvKernel {
   __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
                                              float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
     const int key_tile = Shape::kList ? 0 : consumer;
-    const uint32_t k_tile = smem_addr(smem_.k[key_tile]), v_tile = smem_addr(smem_.v[key_tile]);
+    const uint32_t k_word = uniform(descriptor_word(smem_addr(smem_.k[key_tile])));
+    const uint32_t v_word = uniform(descriptor_word(smem_addr(smem_.v[key_tile])));
+    const RingAddress<Shape::kStageBytes / 16> words(descriptor_word(smem_addr(smem_.ring)),
+                                                     at.first);
+    const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem_.info), at.first);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
     // Before the first step: zeros, times rows that are there.
     uint32_t ds_packed[kScores / 2];
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) ds_packed[i] = 0;
-    uint32_t previous_q = smem_addr(smem_.ring[at.slot]);
-    int previous_slot = -1;
+    uint32_t previous_q = words.at(at.full), previous_empty = 0;
     for (int i = 0; i < count; ++i) {
-      wait_full(at);
-      const RowTileInfo& info = smem_.info[at.slot];
+      mbarrier_wait(at.full, at.parity);
+      const uint32_t tile = uniform(words.at(at.full));
+      const RowTileInfo& info = shared_object<const RowTileInfo>(infos.at(at.full));
 #pragma unroll
       for (int step = 0; step < Shape::kSteps; ++step) {
-        const uint32_t q = smem_addr(smem_.ring[at.slot]) + step * kColumns * 128;
-        const uint32_t dout = q + Shape::kQBytes;
-        const int column = step * kColumns + threadIdx.x % 4 * 2;
+        const uint32_t q = tile + step * kColumns * 128 / 16, dout = q + Shape::kQBytes / 16;
         float s[kScores], dp[kScores];
         wgmma_fence();
         issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
-        issue_scores<T, kColumns, kDimQk>(s, uniform(k_tile), uniform(q));
+        issue_scores<T, kColumns, kDimQk>(s, k_word, q);
         wgmma_commit();
-        issue_scores<T, kColumns, kDimV>(dp, uniform(v_tile), uniform(dout));
+        issue_scores<T, kColumns, kDimV>(dp, v_word, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
         pin(dk);
-        if (step == 0 && previous_slot >= 0) arrive_warp(smem_.empty[previous_slot]);
-        if (info.masked[0][key_tile] | info.masked[1][key_tile]) mask(s, info, key_tile, column);
+        if (step == 0 && previous_empty != 0) mbarrier_arrive_warp(previous_empty);
+        const int column = step * kColumns + threadIdx.x % 4 * 2;
+        if (info.masked[key_tile].any) mask(s, info, key_tile, step);
         uint32_t p_packed[kScores / 2];
         make_p(s, p_packed, info, column, scale_log2);
         wgmma_fence();
-        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, uniform(dout));
+        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
@@ -221,7 +221,7 @@ class DkvKernel {
         pin(dv);
         previous_q = q;
       }
-      previous_slot = at.slot;
+      previous_empty = at.empty();
       at.advance();
       if (Shape::kList && i + 1 < count) pass_over(1, at);
     }
@@ -230,7 +230,7 @@ class DkvKernel {
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk);
-    arrive_warp(smem_.empty[previous_slot]);
+    mbarrier_arrive_warp(previous_empty);
   }
 
   /// P^T of a step, as the A operand of its product with dO.
@@ -256,29 +256,34 @@ class DkvKernel {
                                                  const RowTileInfo& info, int column) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(&info.delta[column + n * 8]);
+      const float2 minus_delta =
+          *reinterpret_cast<const float2*>(&info.minus_delta[column + n * 8]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float2 p = unpack2<T>(p_packed[2 * n + i]);
-        packed[2 * n + i] =
-            pack2<T>(p.x * (dp[4 * n + 2 * i] - delta.x), p.y * (dp[4 * n + 2 * i + 1] - delta.y));
+        packed[2 * n + i] = pack2<T>(p.x * (dp[4 * n + 2 * i] + minus_delta.x),
+                                     p.y * (dp[4 * n + 2 * i + 1] + minus_delta.y));
       }
     }
   }
 
   /// Scores of keys that the column's row does not see become -inf.
   __device__ __forceinline__ void mask(float (&s)[kScores], const RowTileInfo& info, int key_tile,
-                                       int column) {
-    const int first = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+                                       int step) const {
+    // Of the branch no more is needed than how far apart its keys are.
+    const KeySight sight(launch_.args.plan.branch, task_.key, p_.config);
+    const int key = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    const int first[2] = {sight.first + key * sight.unit, sight.first + (key + 8) * sight.unit};
+    const auto reach = static_cast<uint32_t>(info.reach);
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const int2 begin = *reinterpret_cast<const int2*>(&info.key_begin[column + n * 8]);
-      const int2 end = *reinterpret_cast<const int2*>(&info.key_end[column + n * 8]);
+    for (int pair = 0; pair < kColumns / 16; ++pair) {
+      const int4 rows = *reinterpret_cast<const int4*>(
+          &info.position[step * kColumns + pair * 16 + threadIdx.x % 4 * 4]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = first + i / 2 * 8;
-        if (key < (i % 2 ? begin.y : begin.x) || key >= (i % 2 ? end.y : end.x))
-          s[4 * n + i] = -INFINITY;
+      for (int i = 0; i < 8; ++i) {
+        const int position = i / 4 ? (i % 2 ? rows.w : rows.z) : (i % 2 ? rows.y : rows.x);
+        if (static_cast<uint32_t>(position - first[i / 2 % 2]) >= reach)
+          s[8 * pair + i] = -INFINITY;
       }
     }
   }

@@ -79,7 +79,7 @@ class DqKernel {
   /// A thread's two rows, 8 apart: what the current branch says about them.
   struct RowPair {
     int token[2];  // within the query tile; -1 for padding, which sees nothing
-    float lse_log2[2], gate[2], gated_delta[2];
+    float lse_log2[2], gate[2], minus_gated_delta[2];
     KeyRange keys[2];
   };
 
@@ -91,9 +91,11 @@ class DqKernel {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
+      Position at = first_position();
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(full(i), 1);
-        mbarrier_init(empty(i), 4 * Shape::kConsumers * kWarpArrivals);
+        mbarrier_init(at.full, 1);
+        mbarrier_init(at.empty(), 4 * Shape::kConsumers * kWarpArrivals);
+        at.advance();
       }
       for (int i = 0; i < Shape::kConsumers; ++i) mbarrier_init(rows_full(i), 1);
       fence_barrier_init();
@@ -113,17 +115,14 @@ class DqKernel {
   __device__ __forceinline__ uint32_t rows_tile(int consumer) const {
     return smem_ + offsetof(Smem, rows) + consumer * Shape::kStageBytes;
   }
-  __device__ __forceinline__ uint32_t ring(int slot) const {
-    return smem_ + offsetof(Smem, ring) + slot * Shape::kStageBytes;
+  __device__ __forceinline__ Position first_position() const {
+    return Position(smem_ + offsetof(Smem, full));
   }
-  __device__ __forceinline__ uint32_t note(int slot) const {
-    return smem_ + offsetof(Smem, tiles) + slot * sizeof(KeyTile);
+  __device__ __forceinline__ uint32_t ring(const Position& at) const {
+    return RingAddress<Shape::kStageBytes>(smem_ + offsetof(Smem, ring), at.first).at(at.full);
   }
-  __device__ __forceinline__ uint32_t full(int slot) const {
-    return smem_ + offsetof(Smem, full) + slot * 8;
-  }
-  __device__ __forceinline__ uint32_t empty(int slot) const {
-    return smem_ + offsetof(Smem, empty) + slot * 8;
+  __device__ __forceinline__ uint32_t note(const Position& at) const {
+    return RingAddress<sizeof(KeyTile)>(smem_ + offsetof(Smem, tiles), at.first).at(at.full);
   }
   __device__ __forceinline__ uint32_t rows_full(int consumer) const {
     return smem_ + offsetof(Smem, rows_full) + consumer * 8;
@@ -188,12 +187,12 @@ class DqKernel {
   /// A warp, by its first lane: a tile of keys into the ring.
   __device__ __forceinline__ void load_tile(const KeySource& source, const KeyTile& tile,
                                             Position& at) {
-    const int slot = uniform(at.slot), row = source.first + uniform(tile.key);
-    const uint32_t bar = full(slot), dst = ring(slot);
+    const int row = source.first + uniform(tile.key);
+    const uint32_t bar = uniform(at.full), dst = uniform(ring(at));
     if (threadIdx.x == 0) {
-      mbarrier_wait(empty(slot), at.parity ^ 1);
-      store_shared_16(note(slot), make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted,
-                                             tile.tokens[0], tile.tokens[1]));
+      mbarrier_wait(at.empty(), at.parity ^ 1);
+      store_shared_16(note(at), make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted,
+                                           tile.tokens[0], tile.tokens[1]));
       mbarrier_arrive_expect(bar, Shape::kStageBytes);
 #pragma unroll
       for (int panel = 0; panel < kDimQk / 64; ++panel)
@@ -229,7 +228,7 @@ class DqKernel {
   /// One warp. Its lanes read the lists of blocks, the first one does the rest.
   __device__ void load_keys() {
     const int lane = threadIdx.x;
-    Position at;
+    Position at = first_position();
     for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
       if (job_again(number).count <= 0) continue;
 #pragma unroll 1
@@ -303,7 +302,7 @@ class DqKernel {
   }
 
   __device__ void consume(int consumer) {
-    Position at;
+    Position at = first_position();
     uint32_t parity = 0;
     int number = next_job(blockIdx.x);
     load_rows(consumer, number);
@@ -334,11 +333,11 @@ class DqKernel {
           load_branch(job, branch, first_row, rows);
         }
         for (; left > 0; --left) {
-          mbarrier_wait(full(at.slot), at.parity);
-          const uint4 tile = load_shared_16(note(at.slot));
+          mbarrier_wait(at.full, at.parity);
+          const uint4 tile = load_shared_16(note(at));
           if (__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1))
-            add_tile(consumer, at.slot, tile, rows, dq);
-          mbarrier_arrive_warp(empty(at.slot));
+            add_tile(consumer, descriptor_word(ring(at)), tile, rows, dq);
+          mbarrier_arrive_warp(at.empty());
           at.advance();
         }
       }
@@ -379,20 +378,20 @@ class DqKernel {
             visible_keys(branch, job.sequence.position(job.first + rows.token[i]), p_.config);
       rows.lse_log2[i] = valid ? stats[i].x : INFINITY;
       rows.gate[i] = valid ? stats[i].z : 0.0f;
-      rows.gated_delta[i] = valid ? stats[i].z * stats[i].y : 0.0f;
+      rows.minus_gated_delta[i] = valid ? stats[i].z * stats[i].y : 0.0f;
     }
   }
 
   static __device__ __forceinline__ int warp_row() { return threadIdx.x % 128 / 32 * 16; }
 
-  __device__ __forceinline__ void add_tile(int consumer, int slot, const uint4& tile,
+  __device__ __forceinline__ void add_tile(int consumer, uint32_t word, const uint4& tile,
                                            const RowPair& rows, float (&dq)[kDimQk / 2]) {
-    const uint32_t q = uniform(rows_tile(consumer)), k = uniform(ring(slot));
+    const uint32_t q = uniform(descriptor_word(rows_tile(consumer))), k = uniform(word);
     float s[kScores], dp[kScores];
     wgmma_fence();
     issue_scores<T, kRows, kDimQk>(s, q, k);
     wgmma_commit();
-    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes, k + Shape::kKBytes);
+    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes / 16, k + Shape::kKBytes / 16);
     wgmma_commit();
     // Meanwhile: the keys of the tile that the thread's rows see.
     const int key = static_cast<int>(tile.x), count = static_cast<int>(tile.y & 0xff);
@@ -429,9 +428,9 @@ class DqKernel {
     uint32_t ds[kScores / 2];
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) {
-      const float gate = rows.gate[i % 2], delta = rows.gated_delta[i % 2];
-      ds[i] = pack2<T>(s[2 * i] * fmaf(gate, dp[2 * i], -delta),
-                       s[2 * i + 1] * fmaf(gate, dp[2 * i + 1], -delta)) &
+      const float gate = rows.gate[i % 2], minus_delta = rows.minus_gated_delta[i % 2];
+      ds[i] = pack2<T>(s[2 * i] * fmaf(gate, dp[2 * i], minus_delta),
+                       s[2 * i + 1] * fmaf(gate, dp[2 * i + 1], minus_delta)) &
               keep;
     }
     wgmma_fence();

@@ -19,6 +19,7 @@ using bf16 = __nv_bfloat16;
 
 inline uint32_t smem_addr(const void* p) { return emulator::shared_address(p); }
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+inline uint32_t keep(uint32_t x) { return x; }
 inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 template <class Object>
 const Object* uniform(const Object* x) {
@@ -35,6 +36,11 @@ inline uint4 load_shared_16(uint32_t addr) {
   uint4 x;
   std::memcpy(&x, emulator::shared_pointer(addr), 16);
   return x;
+}
+
+template <class Object>
+Object& shared_object(uint32_t addr) {
+  return *reinterpret_cast<Object*>(emulator::shared_pointer(addr));
 }
 
 /// 64 bits of shared memory, as an mbarrier is on the device.
