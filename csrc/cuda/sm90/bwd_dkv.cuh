@@ -180,9 +180,10 @@ class DkvKernel {
     const int key_tile = Shape::kList ? 0 : consumer;
     const uint32_t k_word = uniform(descriptor_word(smem_addr(smem_.k[key_tile])));
     const uint32_t v_word = uniform(descriptor_word(smem_addr(smem_.v[key_tile])));
+    const uint32_t first_full = smem_addr(smem_.full);
     const RingAddress<Shape::kStageBytes / 16> words(descriptor_word(smem_addr(smem_.ring)),
-                                                     at.first);
-    const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem_.info), at.first);
+                                                     first_full);
+    const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem_.info), first_full);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
     // Before the first step: zeros, times rows that are there.
     uint32_t ds_packed[kScores / 2];
@@ -207,16 +208,16 @@ class DkvKernel {
         pin(s);
         pin(dk);
         if (step == 0 && previous_empty != 0) mbarrier_arrive_warp(previous_empty);
-        const int column = step * kColumns + threadIdx.x % 4 * 2;
-        if (info.masked[key_tile].any) mask(s, info, key_tile, step);
+        const int row = step * kColumns;
+        if (info.masked.both & (0x101 << key_tile)) mask(s, info, key_tile, row);
         uint32_t p_packed[kScores / 2];
-        make_p(s, p_packed, info, column, scale_log2);
+        make_p(s, p_packed, info, row, scale_log2);
         wgmma_fence();
         issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
-        make_ds(p_packed, dp, ds_packed, info, column);
+        make_ds(p_packed, dp, ds_packed, info, row);
         wgmma_wait<0>();
         pin(dv);
         previous_q = q;
@@ -236,49 +237,52 @@ class DkvKernel {
   /// P^T of a step, as the A operand of its product with dO.
   static __device__ __forceinline__ void make_p(const float (&s)[kScores],
                                                 uint32_t (&packed)[kScores / 2],
-                                                const RowTileInfo& info, int column,
+                                                const RowTileInfo& info, int row,
                                                 float scale_log2) {
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const float2 lse = *reinterpret_cast<const float2*>(&info.lse_log2[column + n * 8]);
-      const float2 gate = *reinterpret_cast<const float2*>(&info.gate[column + n * 8]);
+    for (int k = 0; k < kColumns / 16; ++k) {
+      const auto lse = RowTileInfo::of_thread<float4>(info.lse_log2, row + k * 16);
+      const auto gate = RowTileInfo::of_thread<float4>(info.gate, row + k * 16);
+      const float lses[] = {lse.x, lse.y, lse.z, lse.w}, gates[] = {gate.x, gate.y, gate.z, gate.w};
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        packed[2 * n + i] =
-            pack2<T>(exp2_approx(fmaf(s[4 * n + 2 * i], scale_log2, -lse.x)) * gate.x,
-                     exp2_approx(fmaf(s[4 * n + 2 * i + 1], scale_log2, -lse.y)) * gate.y);
+      for (int i = 0; i < 4; ++i) {
+        const int at = i / 2 * 2;
+        const float* x = s + 8 * k + 2 * i;
+        packed[4 * k + i] =
+            pack2<T>(exp2_approx(fmaf(x[0], scale_log2, -lses[at])) * gates[at],
+                     exp2_approx(fmaf(x[1], scale_log2, -lses[at + 1])) * gates[at + 1]);
+      }
     }
   }
   /// dS^T from P^T, which is rounded by now, and dP^T.
   static __device__ __forceinline__ void make_ds(const uint32_t (&p_packed)[kScores / 2],
                                                  const float (&dp)[kScores],
                                                  uint32_t (&packed)[kScores / 2],
-                                                 const RowTileInfo& info, int column) {
+                                                 const RowTileInfo& info, int row) {
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const float2 minus_delta =
-          *reinterpret_cast<const float2*>(&info.minus_delta[column + n * 8]);
+    for (int k = 0; k < kColumns / 16; ++k) {
+      const auto delta = RowTileInfo::of_thread<float4>(info.minus_delta, row + k * 16);
+      const float deltas[] = {delta.x, delta.y, delta.z, delta.w};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 p = unpack2<T>(p_packed[2 * n + i]);
-        packed[2 * n + i] = pack2<T>(p.x * (dp[4 * n + 2 * i] + minus_delta.x),
-                                     p.y * (dp[4 * n + 2 * i + 1] + minus_delta.y));
+      for (int i = 0; i < 4; ++i) {
+        const int at = i / 2 * 2;
+        const float* x = dp + 8 * k + 2 * i;
+        const float2 p = unpack2<T>(p_packed[4 * k + i]);
+        packed[4 * k + i] = pack2<T>(p.x * (x[0] + deltas[at]), p.y * (x[1] + deltas[at + 1]));
       }
     }
   }
 
   /// Scores of keys that the column's row does not see become -inf.
   __device__ __forceinline__ void mask(float (&s)[kScores], const RowTileInfo& info, int key_tile,
-                                       int step) const {
-    // Of the branch no more is needed than how far apart its keys are.
-    const KeySight sight(launch_.args.plan.branch, task_.key, p_.config);
+                                       int row) const {
+    const KeySight sight(launch_.args.plan.range_branch, task_.key, p_.config);
     const int key = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const int first[2] = {sight.first + key * sight.unit, sight.first + (key + 8) * sight.unit};
-    const auto reach = static_cast<uint32_t>(info.reach);
+    const auto reach = static_cast<uint32_t>(Shape::kList ? info.reach : sight.reach);
 #pragma unroll
     for (int pair = 0; pair < kColumns / 16; ++pair) {
-      const int4 rows = *reinterpret_cast<const int4*>(
-          &info.position[step * kColumns + pair * 16 + threadIdx.x % 4 * 4]);
+      const auto rows = RowTileInfo::of_thread<int4>(info.position, row + pair * 16);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int position = i / 4 ? (i % 2 ? rows.w : rows.z) : (i % 2 ? rows.y : rows.x);

@@ -119,10 +119,12 @@ class DqKernel {
     return Position(smem_ + offsetof(Smem, full));
   }
   __device__ __forceinline__ uint32_t ring(const Position& at) const {
-    return RingAddress<Shape::kStageBytes>(smem_ + offsetof(Smem, ring), at.first).at(at.full);
+    return smem_ + offsetof(Smem, ring) +
+           (at.full - smem_ - offsetof(Smem, full)) * (Shape::kStageBytes / kBarrierBytes);
   }
   __device__ __forceinline__ uint32_t note(const Position& at) const {
-    return RingAddress<sizeof(KeyTile)>(smem_ + offsetof(Smem, tiles), at.first).at(at.full);
+    return smem_ + offsetof(Smem, tiles) +
+           (at.full - smem_ - offsetof(Smem, full)) * (sizeof(KeyTile) / kBarrierBytes);
   }
   __device__ __forceinline__ uint32_t rows_full(int consumer) const {
     return smem_ + offsetof(Smem, rows_full) + consumer * 8;

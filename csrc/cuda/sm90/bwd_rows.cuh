@@ -9,22 +9,26 @@
 
 namespace nsa::cuda::bwd::sm90 {
 
-/// Beside a tile of rows.
+/// Beside a tile of rows, in the order in which a thread reads them: with the rows 2 t and 2 t + 1
+/// of 16 those 8 further on.
 struct RowTileInfo {
-  float lse_log2[kRows], minus_delta[kRows], gate[kRows];
-  // Where the rows are in their sequence. In the order in which a thread reads them: with the
-  // columns 2 t and 2 t + 1 of 16 those 8 further on.
-  alignas(16) int position[kRows];
-  int reach;  // of the keys (KeySight)
-  // Whether some row of each half, or of both, does not see all of the 64 keys of a warpgroup.
+  alignas(16) float lse_log2[kRows];
+  float minus_delta[kRows], gate[kRows];
+  int position[kRows];  // in the sequence
+  int reach;            // of a list's keys (KeySight)
+  // A bit a warpgroup: whether some row of each half does not see all of its 64 keys.
   union {
-    bool half[2];
-    uint16_t any;
-  } masked[2];
+    uint8_t half[2];
+    uint16_t both;
+  } masked;
 
-  /// Of a row among those in that order.
   static __device__ __forceinline__ int place(int row) {
     return (row & ~15) | (row / 2 % 4 * 4 + row / 8 % 2 * 2 + row % 2);
+  }
+  /// What a thread of a quad has of 16 rows.
+  template <class Four, class Rows>
+  static __device__ __forceinline__ Four of_thread(const Rows& rows, int first_row) {
+    return *reinterpret_cast<const Four*>(&rows[first_row + threadIdx.x % 4 * 4]);
   }
 };
 
@@ -84,7 +88,7 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
   const int batch = static_cast<int>(sequence.batch), head = walk.task.head;
   const int first = static_cast<int>(sequence.q_first);
   RingPosition<Shape::kStages> at(smem_addr(smem.full));
-  const RingAddress<Shape::kStageBytes> ring(smem_addr(smem.ring), at.first);
+  const RingAddress<Shape::kStageBytes> ring(smem_addr(smem.ring), smem_addr(smem.full));
   const auto open = [&]() {
     mbarrier_wait(at.empty(), at.parity ^ 1);
     if (lane == 0) mbarrier_arrive_expect(at.full, Shape::kStageBytes);
@@ -137,79 +141,82 @@ inline constexpr int kRowArrivals = 1 + 2 * kWarpArrivals + 64;
 template <class Shape, class Smem>
 __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
                               const Sequence& sequence, int half, Smem& smem) {
-  constexpr int kKeyTiles = Shape::kTaskKeys / kRows;
+  constexpr int kNowhere = INT_MIN / 2;
   const AttnBwd& p = launch.args.common.p;
-  const int row = half * 32 + threadIdx.x % 32, group = launch.args.common.group;
+  const int lane = keep(threadIdx.x % 32);
+  const int row = half * 32 + lane, group = launch.args.common.group;
   const int slot = row >> launch.log2_group, head = row & ((1 << launch.log2_group) - 1);
-  const int shift = sequence.position(0), keys = walk.task.keys;
+  const auto row_bytes = static_cast<uint32_t>(group * sizeof(RowStats));  // of a token
+  const int shift = sequence.position(0), place = RowTileInfo::place(row);
   RingPosition<Shape::kStages> at(smem_addr(smem.full));
-  const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem.info), at.first);
-  // Walks the tiles of a branch; next_token() is -1 for a row that is not there.
-  const auto describe = [&](int tiles, int branch, const auto& next_token) {
+  const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem.info), smem_addr(smem.full));
+  // Walks the tiles of a branch; next_position() is negative for a row that is not there, or that
+  // sees nothing.
+  const auto describe = [&](int tiles, int branch, const auto& next_position) {
     const KeySight sight(branch, walk.task.key, p.config);
-    const RowStats* const stats =
+    const RowStats* const stats = keep(
         launch.args.common.stats +
-        ((branch * p.shape.heads_kv + walk.task.head) * p.shape.total_q + sequence.q_row) * group +
-        head;
-    // A row sees all 64 keys of a warpgroup where it is `whole` positions from the last one's first
+        ((branch * p.shape.heads_kv + walk.task.head) * p.shape.total_q + sequence.q_row - shift) *
+            group +
+        head);
+    // A row sees all 64 keys of the first warpgroup at `whole` positions from the last one's first
     // on.
-    int last[kKeyTiles];
-    uint32_t whole[kKeyTiles];
-#pragma unroll
-    for (int w = 0; w < kKeyTiles; ++w) {
-      const int span = (min((w + 1) * kRows, keys) - 1) * sight.unit;
-      last[w] = sight.first + span - shift;
-      whole[w] = max(sight.reach - (span - w * kRows * sight.unit), 0);
-    }
+    const int last = sight.first + (kRows - 1) * sight.unit;
+    const uint32_t whole = max(sight.reach - (kRows - 1) * sight.unit, 0);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      const int token = next_token();
+    for (; tiles > 0; --tiles) {
+      const int position = next_position();
       mbarrier_wait(at.empty(), at.parity ^ 1);
       RowTileInfo& info = shared_object<RowTileInfo>(infos.at(at.full));
-      if (token >= 0) {
-        const RowStats* const from = stats + static_cast<int64_t>(token) * group;
-        cp_async_4(smem_addr(&info.lse_log2[row]), &from->lse_log2, true);
-        cp_async_4(smem_addr(&info.minus_delta[row]), &from->minus_delta, true);
-        cp_async_4(smem_addr(&info.gate[row]), &from->gate, true);
+      if (position >= 0) {
+        const auto* const from = reinterpret_cast<const RowStats*>(
+            reinterpret_cast<const char*>(stats) + uint64_t{static_cast<uint32_t>(position)} * row_bytes);
+        cp_async_4(smem_addr(&info.lse_log2[place]), &from->lse_log2, true);
+        cp_async_4(smem_addr(&info.minus_delta[place]), &from->minus_delta, true);
+        cp_async_4(smem_addr(&info.gate[place]), &from->gate, true);
       } else {
         // A row that is not there has gate 0 and exponentials 0: it adds nothing.
-        info.lse_log2[row] = INFINITY;
-        info.minus_delta[row] = info.gate[row] = 0.0f;
+        info.lse_log2[place] = INFINITY;
+        info.minus_delta[place] = info.gate[place] = 0.0f;
       }
       mbarrier_arrive_cp_async(at.full);
-      info.position[RowTileInfo::place(row)] = token + shift;
+      info.position[place] = position;
+      int masked = 0;
 #pragma unroll
-      for (int w = 0; w < kKeyTiles; ++w) {
-        const bool masked =
-            __any_sync(kFullWarp, token >= 0 && static_cast<uint32_t>(token - last[w]) >= whole[w]);
-        if (threadIdx.x % 32 == 0) info.masked[w].half[half] = masked;
+      for (int w = 0; w < Shape::kTaskKeys / kRows; ++w) {
+        const int behind = position - last - w * kRows * sight.unit;
+        masked |= __any_sync(kFullWarp, position >= 0 && static_cast<uint32_t>(behind) >= whole)
+                  << w;
       }
-      if (threadIdx.x % 32 == 0) info.reach = sight.reach;
-      mbarrier_arrive_warp(at.full);
+      if (lane == 0) {
+        info.masked.half[half] = static_cast<uint8_t>(masked);
+        if (Shape::kList) info.reach = sight.reach;
+      }
+      mbarrier_arrive_warp(at.full, lane);
       at.advance();
     }
   };
   if constexpr (Shape::kList) {
+    const int32_t* const list = keep(walk.list);
     // A tile ahead.
-    const bool real = head < group;
-    int i = walk.task.list_count - 1 - slot;
+    int i = head < group ? walk.task.list_count - 1 - slot : -1;
     const auto read = [&]() {
-      const int token = real && i >= 0 ? __ldg(walk.list + i) : -1;
+      const int token = i >= 0 ? __ldg(list + i) : kNowhere;
       i -= walk.tokens;
       return token;
     };
     int next = read();
-    describe(walk.list_tiles, kSelected, [&]() {
+    describe(uniform(walk.list_tiles), kSelected, [&]() {
       const int token = next;
       next = read();
-      return token;
+      return token + shift;
     });
   }
-  int token = walk.task.token_begin + slot;
-  const int end = head < group ? walk.task.token_begin + walk.task.token_count : 0;
-  describe(walk.tiles - walk.list_tiles, launch.args.plan.range_branch, [&]() {
-    const int own = token < end ? token : -1;
-    token += walk.tokens;
+  int position = walk.task.token_begin + slot + shift;
+  const int end = head < group ? walk.task.token_begin + walk.task.token_count + shift : 0;
+  describe(uniform(walk.tiles - walk.list_tiles), launch.args.plan.range_branch, [&]() {
+    const int own = position < end ? position : kNowhere;
+    position += walk.tokens;
     return own;
   });
 }

@@ -38,16 +38,17 @@ inline constexpr uint32_t kBarrierBytes = sizeof(uint64_t);
 /// else a slot has is found from the address, without a slot number.
 template <int kStages>
 struct RingPosition {
-  uint32_t first, full;
+  uint32_t full, last;
   uint32_t parity = 0;
   __device__ __forceinline__ explicit RingPosition(uint32_t first_full)
-      : first(first_full), full(first_full) {}
+      : full(first_full), last(keep(first_full + (kStages - 1) * kBarrierBytes)) {}
   __device__ __forceinline__ uint32_t empty() const { return full + kStages * kBarrierBytes; }
   __device__ __forceinline__ void advance() {
-    full += kBarrierBytes;
-    if (full == first + kStages * kBarrierBytes) {
-      full = first;
+    if (full == last) {
+      full -= (kStages - 1) * kBarrierBytes;
       parity ^= 1;
+    } else {
+      full += kBarrierBytes;
     }
   }
 };
@@ -57,7 +58,7 @@ template <uint32_t kBytes>
 struct RingAddress {
   uint32_t offset;
   __device__ __forceinline__ RingAddress(uint32_t things, uint32_t first_barrier)
-      : offset(things - first_barrier * (kBytes / kBarrierBytes)) {
+      : offset(keep(things - first_barrier * (kBytes / kBarrierBytes))) {
     static_assert(kBytes % kBarrierBytes == 0);
   }
   __device__ __forceinline__ uint32_t at(uint32_t barrier) const {
