@@ -186,9 +186,9 @@ class DkvKernel {
     const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem_.info), first_full);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
     // Before the first step: zeros, times rows that are there.
-    uint32_t ds_packed[kScores / 2];
+    uint32_t packed[kScores / 2];
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) ds_packed[i] = 0;
+    for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
     uint32_t previous_q = words.at(at.full), previous_empty = 0;
     for (int i = 0; i < count; ++i) {
       mbarrier_wait(at.full, at.parity);
@@ -199,7 +199,7 @@ class DkvKernel {
         const uint32_t q = tile + step * kColumns * 128 / 16, dout = q + Shape::kQBytes / 16;
         float s[kScores], dp[kScores];
         wgmma_fence();
-        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
+        issue_update<T, kDimQk, kColumns / 16>(dk, packed, uniform(previous_q));
         issue_scores<T, kColumns, kDimQk>(s, k_word, q);
         wgmma_commit();
         issue_scores<T, kColumns, kDimV>(dp, v_word, dout);
@@ -210,16 +210,18 @@ class DkvKernel {
         if (step == 0 && previous_empty != 0) mbarrier_arrive_warp(previous_empty);
         const int row = step * kColumns;
         if (info.masked.both & (0x101 << key_tile)) mask(s, info, key_tile, row);
-        uint32_t p_packed[kScores / 2];
-        make_p(s, p_packed, info, row, scale_log2);
+        make_p(s, info, row, scale_log2);
+        pack(s, packed);
         wgmma_fence();
-        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, dout);
+        issue_update<T, kDimV, kColumns / 16>(dv, packed, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
-        make_ds(p_packed, dp, ds_packed, info, row);
+        make_ds(s, dp, info, row);
         wgmma_wait<0>();
         pin(dv);
+        pin(s);  // P^T and dS^T are packed in the same registers
+        pack(s, packed);
         previous_q = q;
       }
       previous_empty = at.empty();
@@ -227,50 +229,44 @@ class DkvKernel {
       if (Shape::kList && i + 1 < count) pass_over(1, at);
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
+    issue_update<T, kDimQk, kColumns / 16>(dk, packed, uniform(previous_q));
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk);
     mbarrier_arrive_warp(previous_empty);
   }
 
-  /// P^T of a step, as the A operand of its product with dO.
-  static __device__ __forceinline__ void make_p(const float (&s)[kScores],
-                                                uint32_t (&packed)[kScores / 2],
-                                                const RowTileInfo& info, int row,
-                                                float scale_log2) {
+  /// S^T becomes P^T.
+  static __device__ __forceinline__ void make_p(float (&s)[kScores], const RowTileInfo& info,
+                                                int row, float scale_log2) {
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       const auto lse = RowTileInfo::of_thread<float4>(info.lse_log2, row + k * 16);
       const auto gate = RowTileInfo::of_thread<float4>(info.gate, row + k * 16);
       const float lses[] = {lse.x, lse.y, lse.z, lse.w}, gates[] = {gate.x, gate.y, gate.z, gate.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = i / 2 * 2;
-        const float* x = s + 8 * k + 2 * i;
-        packed[4 * k + i] =
-            pack2<T>(exp2_approx(fmaf(x[0], scale_log2, -lses[at])) * gates[at],
-                     exp2_approx(fmaf(x[1], scale_log2, -lses[at + 1])) * gates[at + 1]);
+      for (int i = 0; i < 8; ++i) {
+        const int at = i / 4 * 2 + i % 2;
+        s[8 * k + i] = exp2_approx(fmaf(s[8 * k + i], scale_log2, -lses[at])) * gates[at];
       }
     }
   }
-  /// dS^T from P^T, which is rounded by now, and dP^T.
-  static __device__ __forceinline__ void make_ds(const uint32_t (&p_packed)[kScores / 2],
-                                                 const float (&dp)[kScores],
-                                                 uint32_t (&packed)[kScores / 2],
+  /// P^T becomes dS^T.
+  static __device__ __forceinline__ void make_ds(float (&s)[kScores], const float (&dp)[kScores],
                                                  const RowTileInfo& info, int row) {
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
       const auto delta = RowTileInfo::of_thread<float4>(info.minus_delta, row + k * 16);
       const float deltas[] = {delta.x, delta.y, delta.z, delta.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = i / 2 * 2;
-        const float* x = dp + 8 * k + 2 * i;
-        const float2 p = unpack2<T>(p_packed[4 * k + i]);
-        packed[4 * k + i] = pack2<T>(p.x * (x[0] + deltas[at]), p.y * (x[1] + deltas[at + 1]));
-      }
+      for (int i = 0; i < 8; ++i) s[8 * k + i] *= dp[8 * k + i] + deltas[i / 4 * 2 + i % 2];
     }
+  }
+  /// The A operand of a product.
+  static __device__ __forceinline__ void pack(const float (&s)[kScores],
+                                              uint32_t (&packed)[kScores / 2]) {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) packed[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
   /// Scores of keys that the column's row does not see become -inf.

@@ -170,7 +170,8 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
       RowTileInfo& info = shared_object<RowTileInfo>(infos.at(at.full));
       if (position >= 0) {
         const auto* const from = reinterpret_cast<const RowStats*>(
-            reinterpret_cast<const char*>(stats) + uint64_t{static_cast<uint32_t>(position)} * row_bytes);
+            reinterpret_cast<const char*>(stats) +
+            uint64_t{static_cast<uint32_t>(position)} * row_bytes);
         cp_async_4(smem_addr(&info.lse_log2[place]), &from->lse_log2, true);
         cp_async_4(smem_addr(&info.minus_delta[place]), &from->minus_delta, true);
         cp_async_4(smem_addr(&info.gate[place]), &from->gate, true);
