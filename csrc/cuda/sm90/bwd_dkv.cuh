@@ -1,8 +1,10 @@
 // Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
 // selected block) and walks the query rows that see them, in tiles of 64.
 //
-//   S^T = K Q^T          P^T = gate * exp2(scale S^T - lse)      dV += P^T dO
-//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale dS^T Q
+//   S^T = K Q^T          P^T = exp2(scale S^T - lse + log2 gate)  dV += P^T dO
+//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)              dK += scale dS^T Q
+//
+// Rows of negative gates change their sign afterwards.
 //
 // Keys are the rows of every product, so P^T and dS^T leave one product where the next one wants
 // its A operand: in registers. With ranges each of the two consumer warpgroups owns 64 keys and
@@ -189,17 +191,18 @@ class DkvKernel {
     uint32_t packed[kScores / 2];
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
-    uint32_t previous_q = words.at(at.full), previous_empty = 0;
+    uint32_t previous_q = uniform(words.at(at.full)), previous_empty = 0;
     for (int i = 0; i < count; ++i) {
       mbarrier_wait(at.full, at.parity);
       const uint32_t tile = uniform(words.at(at.full));
       const RowTileInfo& info = shared_object<const RowTileInfo>(infos.at(at.full));
+      const bool negative = info.any_negative();
 #pragma unroll
       for (int step = 0; step < Shape::kSteps; ++step) {
         const uint32_t q = tile + step * kColumns * 128 / 16, dout = q + Shape::kQBytes / 16;
         float s[kScores], dp[kScores];
         wgmma_fence();
-        issue_update<T, kDimQk, kColumns / 16>(dk, packed, uniform(previous_q));
+        issue_update<T, kDimQk, kColumns / 16>(dk, packed, previous_q);
         issue_scores<T, kColumns, kDimQk>(s, k_word, q);
         wgmma_commit();
         issue_scores<T, kColumns, kDimV>(dp, v_word, dout);
@@ -211,6 +214,7 @@ class DkvKernel {
         const int row = step * kColumns;
         if (info.masked.both & (0x101 << key_tile)) mask(s, info, key_tile, row);
         make_p(s, info, row, scale_log2);
+        if (negative) apply_signs(s, info, row);
         pack(s, packed);
         wgmma_fence();
         issue_update<T, kDimV, kColumns / 16>(dv, packed, dout);
@@ -229,26 +233,33 @@ class DkvKernel {
       if (Shape::kList && i + 1 < count) pass_over(1, at);
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kColumns / 16>(dk, packed, uniform(previous_q));
+    issue_update<T, kDimQk, kColumns / 16>(dk, packed, previous_q);
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk);
     mbarrier_arrive_warp(previous_empty);
   }
 
-  /// S^T becomes P^T.
+  /// S^T becomes P^T, but for the gates' signs.
   static __device__ __forceinline__ void make_p(float (&s)[kScores], const RowTileInfo& info,
                                                 int row, float scale_log2) {
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
-      const auto lse = RowTileInfo::of_thread<float4>(info.lse_log2, row + k * 16);
-      const auto gate = RowTileInfo::of_thread<float4>(info.gate, row + k * 16);
-      const float lses[] = {lse.x, lse.y, lse.z, lse.w}, gates[] = {gate.x, gate.y, gate.z, gate.w};
+      const auto lse = RowTileInfo::of_thread<float4>(info.gated_lse_log2, row + k * 16);
+      const float lses[] = {lse.x, lse.y, lse.z, lse.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int at = i / 4 * 2 + i % 2;
-        s[8 * k + i] = exp2_approx(fmaf(s[8 * k + i], scale_log2, -lses[at])) * gates[at];
-      }
+      for (int i = 0; i < 8; ++i)
+        s[8 * k + i] = exp2_approx(fmaf(s[8 * k + i], scale_log2, -lses[i / 4 * 2 + i % 2]));
+    }
+  }
+  static __device__ __forceinline__ void apply_signs(float (&s)[kScores], const RowTileInfo& info,
+                                                     int row) {
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+      const auto gate = RowTileInfo::of_thread<float4>(info.gate, row + k * 16);
+      const float gates[] = {gate.x, gate.y, gate.z, gate.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[8 * k + i] = copysignf(s[8 * k + i], gates[i / 4 * 2 + i % 2]);
     }
   }
   /// P^T becomes dS^T.

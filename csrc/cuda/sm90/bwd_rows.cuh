@@ -12,7 +12,7 @@ namespace nsa::cuda::bwd::sm90 {
 /// Beside a tile of rows, in the order in which a thread reads them: with the rows 2 t and 2 t + 1
 /// of 16 those 8 further on.
 struct RowTileInfo {
-  alignas(16) float lse_log2[kRows];
+  alignas(16) float gated_lse_log2[kRows];
   float minus_delta[kRows], gate[kRows];
   int position[kRows];  // in the sequence
   int reach;            // of a list's keys (KeySight)
@@ -24,6 +24,11 @@ struct RowTileInfo {
 
   static __device__ __forceinline__ int place(int row) {
     return (row & ~15) | (row / 2 % 4 * 4 + row / 8 % 2 * 2 + row % 2);
+  }
+  /// A warp: whether some gate is negative.
+  __device__ __forceinline__ bool any_negative() const {
+    const float2 own = reinterpret_cast<const float2*>(gate)[threadIdx.x % 32];
+    return __any_sync(kFullWarp, fminf(own.x, own.y) < 0.0f);
   }
   /// What a thread of a quad has of 16 rows.
   template <class Four, class Rows>
@@ -172,12 +177,12 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
         const auto* const from = reinterpret_cast<const RowStats*>(
             reinterpret_cast<const char*>(stats) +
             uint64_t{static_cast<uint32_t>(position)} * row_bytes);
-        cp_async_4(smem_addr(&info.lse_log2[place]), &from->lse_log2, true);
+        cp_async_4(smem_addr(&info.gated_lse_log2[place]), &from->gated_lse_log2, true);
         cp_async_4(smem_addr(&info.minus_delta[place]), &from->minus_delta, true);
         cp_async_4(smem_addr(&info.gate[place]), &from->gate, true);
       } else {
         // A row that is not there has gate 0 and exponentials 0: it adds nothing.
-        info.lse_log2[place] = INFINITY;
+        info.gated_lse_log2[place] = INFINITY;
         info.minus_delta[place] = info.gate[place] = 0.0f;
       }
       mbarrier_arrive_cp_async(at.full);
