@@ -1,8 +1,8 @@
 // Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
 // selected block) and walks the query rows that see them, in tiles of 64.
 //
-//   S^T = K Q^T          P^T = exp2(scale S^T - lse + log2 gate)  dV += P^T dO
-//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)              dK += scale dS^T Q
+//   S^T = K Q^T            P^T = exp2(scale S^T - lse + log2 gate)  dV += P^T dO
+//   dP^T = V dO^T - delta  dS^T = P^T * dP^T                        dK += scale dS^T Q
 //
 // Rows of negative gates change their sign afterwards.
 //
@@ -200,18 +200,19 @@ class DkvKernel {
 #pragma unroll
       for (int step = 0; step < Shape::kSteps; ++step) {
         const uint32_t q = tile + step * kColumns * 128 / 16, dout = q + Shape::kQBytes / 16;
+        const int row = step * kColumns;
         float s[kScores], dp[kScores];
+        start_dp(dp, info, row);
         wgmma_fence();
         issue_update<T, kDimQk, kColumns / 16>(dk, packed, previous_q);
         issue_scores<T, kColumns, kDimQk>(s, k_word, q);
         wgmma_commit();
-        issue_scores<T, kColumns, kDimV>(dp, v_word, dout);
+        issue_scores<T, kColumns, kDimV, true>(dp, v_word, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
         pin(dk);
         if (step == 0 && previous_empty != 0) mbarrier_arrive_warp(previous_empty);
-        const int row = step * kColumns;
         if (info.masked.both & (0x101 << key_tile)) mask(s, info, key_tile, row);
         make_p(s, info, row, scale_log2);
         if (negative) apply_signs(s, info, row);
@@ -221,7 +222,8 @@ class DkvKernel {
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
-        make_ds(s, dp, info, row);
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) s[i] *= dp[i];
         wgmma_wait<0>();
         pin(dv);
         pin(s);  // P^T and dS^T are packed in the same registers
@@ -262,15 +264,16 @@ class DkvKernel {
       for (int i = 0; i < 8; ++i) s[8 * k + i] = copysignf(s[8 * k + i], gates[i / 4 * 2 + i % 2]);
     }
   }
-  /// P^T becomes dS^T.
-  static __device__ __forceinline__ void make_ds(float (&s)[kScores], const float (&dp)[kScores],
-                                                 const RowTileInfo& info, int row) {
+  /// What dP^T is added to.
+  static __device__ __forceinline__ void start_dp(float (&dp)[kScores], const RowTileInfo& info,
+                                                  int row) {
 #pragma unroll
-    for (int k = 0; k < kColumns / 16; ++k) {
-      const auto delta = RowTileInfo::of_thread<float4>(info.minus_delta, row + k * 16);
-      const float deltas[] = {delta.x, delta.y, delta.z, delta.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) s[8 * k + i] *= dp[8 * k + i] + deltas[i / 4 * 2 + i % 2];
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const auto x = RowTileInfo::of_thread<float4>(info.minus_delta, 2 * (row + n * 8));
+      dp[4 * n] = x.x;
+      dp[4 * n + 1] = x.y;
+      dp[4 * n + 2] = x.z;
+      dp[4 * n + 3] = x.w;
     }
   }
   /// The A operand of a product.

@@ -13,9 +13,10 @@ namespace nsa::cuda::bwd::sm90 {
 /// of 16 those 8 further on.
 struct RowTileInfo {
   alignas(16) float gated_lse_log2[kRows];
-  float minus_delta[kRows], gate[kRows];
-  int position[kRows];  // in the sequence
-  int reach;            // of a list's keys (KeySight)
+  float gate[kRows];
+  int position[kRows];           // in the sequence
+  float minus_delta[2 * kRows];  // rows 2 t and 2 t + 1 of 8, and again: as accumulators
+  int reach;                     // of a list's keys (KeySight)
   // A bit a warpgroup: whether some row of each half does not see all of its 64 keys.
   union {
     uint8_t half[2];
@@ -153,6 +154,7 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
   const int slot = row >> launch.log2_group, head = row & ((1 << launch.log2_group) - 1);
   const auto row_bytes = static_cast<uint32_t>(group * sizeof(RowStats));  // of a token
   const int shift = sequence.position(0), place = RowTileInfo::place(row);
+  const int accumulator = row / 2 * 4 + row % 2;
   RingPosition<Shape::kStages> at(smem_addr(smem.full));
   const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem.info), smem_addr(smem.full));
   // Walks the tiles of a branch; next_position() is negative for a row that is not there, or that
@@ -178,12 +180,13 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
             reinterpret_cast<const char*>(stats) +
             uint64_t{static_cast<uint32_t>(position)} * row_bytes);
         cp_async_4(smem_addr(&info.gated_lse_log2[place]), &from->gated_lse_log2, true);
-        cp_async_4(smem_addr(&info.minus_delta[place]), &from->minus_delta, true);
+        cp_async_4(smem_addr(&info.minus_delta[accumulator]), &from->minus_delta, true);
+        cp_async_4(smem_addr(&info.minus_delta[accumulator + 2]), &from->minus_delta, true);
         cp_async_4(smem_addr(&info.gate[place]), &from->gate, true);
       } else {
         // A row that is not there has gate 0 and exponentials 0: it adds nothing.
         info.gated_lse_log2[place] = INFINITY;
-        info.minus_delta[place] = info.gate[place] = 0.0f;
+        info.minus_delta[accumulator] = info.minus_delta[accumulator + 2] = info.gate[place] = 0.0f;
       }
       mbarrier_arrive_cp_async(at.full);
       info.position[place] = position;
