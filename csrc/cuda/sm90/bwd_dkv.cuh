@@ -213,7 +213,7 @@ class DkvKernel {
         pin(s);
         pin(dk);
         if (step == 0 && previous_empty != 0) mbarrier_arrive_warp(previous_empty);
-        if (info.masked.both & (0x101 << key_tile)) mask(s, info, key_tile, row);
+        if (info.masked() >> key_tile & 1) mask(s, info, key_tile, row);
         make_p(s, info, row, scale_log2);
         if (negative) apply_signs(s, info, row);
         pack(s, packed);
@@ -269,7 +269,7 @@ class DkvKernel {
                                                   int row) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      const auto x = RowTileInfo::of_thread<float4>(info.minus_delta, 2 * (row + n * 8));
+      const auto x = RowTileInfo::of_thread<float4>(info.minus_delta[n % 2], row + n / 2 * 16);
       dp[4 * n] = x.x;
       dp[4 * n + 1] = x.y;
       dp[4 * n + 2] = x.z;
@@ -289,7 +289,7 @@ class DkvKernel {
     const KeySight sight(launch_.args.plan.range_branch, task_.key, p_.config);
     const int key = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     const int first[2] = {sight.first + key * sight.unit, sight.first + (key + 8) * sight.unit};
-    const auto reach = static_cast<uint32_t>(Shape::kList ? info.reach : sight.reach);
+    const auto reach = static_cast<uint32_t>(info.halves[0].reach);
 #pragma unroll
     for (int pair = 0; pair < kColumns / 16; ++pair) {
       const auto rows = RowTileInfo::of_thread<int4>(info.position, row + pair * 16);

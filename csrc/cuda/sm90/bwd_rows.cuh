@@ -10,21 +10,32 @@
 namespace nsa::cuda::bwd::sm90 {
 
 /// Beside a tile of rows, in the order in which a thread reads them: with the rows 2 t and 2 t + 1
-/// of 16 those 8 further on.
+/// of 16 those 8 further on, which are those of the second describing warp.
 struct RowTileInfo {
   alignas(16) float gated_lse_log2[kRows];
   float gate[kRows];
-  int position[kRows];           // in the sequence
-  float minus_delta[2 * kRows];  // rows 2 t and 2 t + 1 of 8, and again: as accumulators
-  int reach;                     // of a list's keys (KeySight)
-  // A bit a warpgroup: whether some row of each half does not see all of its 64 keys.
-  union {
-    uint8_t half[2];
-    uint16_t both;
-  } masked;
+  int position[kRows];  // in the sequence
+  // As accumulators: rows 2 t and 2 t + 1 of 8, and again. First those of the first warp.
+  float minus_delta[2][kRows];
+  struct alignas(8) Half {
+    uint32_t masked;  // a bit a warpgroup: whether some row does not see all of its 64 keys
+    int reach;        // of the keys (KeySight)
+  };
+  alignas(16) Half halves[2];
 
-  static __device__ __forceinline__ int place(int row) {
-    return (row & ~15) | (row / 2 % 4 * 4 + row / 8 % 2 * 2 + row % 2);
+  /// Of a warp's row, in the arrays of a value a row.
+  static __device__ __forceinline__ int place(int half, int row) {
+    return row / 8 * 16 + row / 2 % 4 * 4 + half * 2 + row % 2;
+  }
+  // What the describing warps write is addressed as if the row's place was 0; their halves are then
+  // the first, too.
+  static constexpr int kSecondDelta = kRows - 2;
+  static_assert(sizeof(Half) == 2 * sizeof(float));
+
+  /// Warpgroups, a bit each.
+  __device__ __forceinline__ uint32_t masked() const {
+    const uint4 both = *reinterpret_cast<const uint4*>(halves);
+    return both.x | both.z;
   }
   /// A warp: whether some gate is negative.
   __device__ __forceinline__ bool any_negative() const {
@@ -142,7 +153,7 @@ __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Se
 /// of their lanes when its copies have landed.
 inline constexpr int kRowArrivals = 1 + 2 * kWarpArrivals + 64;
 
-/// Two warps, a row a lane, half of the tile each: positions, and copies of the statistics, which
+/// Two warps, a row a lane, 8 of 16 rows each: positions, and copies of the statistics, which
 /// take as long as memory does and are not waited for here.
 template <class Shape, class Smem>
 __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
@@ -150,13 +161,14 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
   constexpr int kNowhere = INT_MIN / 2;
   const AttnBwd& p = launch.args.common.p;
   const int lane = keep(threadIdx.x % 32);
-  const int row = half * 32 + lane, group = launch.args.common.group;
+  const int row = lane / 8 * 16 + half * 8 + lane % 8, group = launch.args.common.group;
   const int slot = row >> launch.log2_group, head = row & ((1 << launch.log2_group) - 1);
   const auto row_bytes = static_cast<uint32_t>(group * sizeof(RowStats));  // of a token
-  const int shift = sequence.position(0), place = RowTileInfo::place(row);
-  const int accumulator = row / 2 * 4 + row % 2;
+  const int shift = sequence.position(0);
+  const int second_delta = half * RowTileInfo::kSecondDelta;
   RingPosition<Shape::kStages> at(smem_addr(smem.full));
-  const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem.info), smem_addr(smem.full));
+  const RingAddress<sizeof(RowTileInfo)> infos(
+      smem_addr(smem.info) + RowTileInfo::place(half, lane) * sizeof(float), smem_addr(smem.full));
   // Walks the tiles of a branch; next_position() is negative for a row that is not there, or that
   // sees nothing.
   const auto describe = [&](int tiles, int branch, const auto& next_position) {
@@ -174,33 +186,32 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
     for (; tiles > 0; --tiles) {
       const int position = next_position();
       mbarrier_wait(at.empty(), at.parity ^ 1);
-      RowTileInfo& info = shared_object<RowTileInfo>(infos.at(at.full));
+      RowTileInfo& own = shared_object<RowTileInfo>(infos.at(at.full));
+      float* const minus_delta = own.minus_delta[0] + second_delta;
       if (position >= 0) {
         const auto* const from = reinterpret_cast<const RowStats*>(
             reinterpret_cast<const char*>(stats) +
             uint64_t{static_cast<uint32_t>(position)} * row_bytes);
-        cp_async_4(smem_addr(&info.gated_lse_log2[place]), &from->gated_lse_log2, true);
-        cp_async_4(smem_addr(&info.minus_delta[accumulator]), &from->minus_delta, true);
-        cp_async_4(smem_addr(&info.minus_delta[accumulator + 2]), &from->minus_delta, true);
-        cp_async_4(smem_addr(&info.gate[place]), &from->gate, true);
+        cp_async_4(smem_addr(own.gated_lse_log2), &from->gated_lse_log2, true);
+        cp_async_4(smem_addr(minus_delta), &from->minus_delta, true);
+        cp_async_4(smem_addr(minus_delta + 2), &from->minus_delta, true);
+        cp_async_4(smem_addr(own.gate), &from->gate, true);
       } else {
         // A row that is not there has gate 0 and exponentials 0: it adds nothing.
-        info.gated_lse_log2[place] = INFINITY;
-        info.minus_delta[accumulator] = info.minus_delta[accumulator + 2] = info.gate[place] = 0.0f;
+        own.gated_lse_log2[0] = INFINITY;
+        minus_delta[0] = minus_delta[2] = own.gate[0] = 0.0f;
       }
       mbarrier_arrive_cp_async(at.full);
-      info.position[place] = position;
-      int masked = 0;
+      own.position[0] = position;
+      uint32_t masked = 0;
 #pragma unroll
       for (int w = 0; w < Shape::kTaskKeys / kRows; ++w) {
         const int behind = position - last - w * kRows * sight.unit;
-        masked |= __any_sync(kFullWarp, position >= 0 && static_cast<uint32_t>(behind) >= whole)
+        masked |= static_cast<uint32_t>(__any_sync(
+                      kFullWarp, position >= 0 && static_cast<uint32_t>(behind) >= whole))
                   << w;
       }
-      if (lane == 0) {
-        info.masked.half[half] = static_cast<uint8_t>(masked);
-        if (Shape::kList) info.reach = sight.reach;
-      }
+      if (lane == 0) own.halves[0] = {masked, sight.reach};
       mbarrier_arrive_warp(at.full, lane);
       at.advance();
     }
