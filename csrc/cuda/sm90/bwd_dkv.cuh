@@ -76,7 +76,7 @@ class DkvKernel {
     __syncthreads();
     if (threadIdx.x < 128) {
       lower_registers<Shape::kProducerRegisters>();
-      const int warp = threadIdx.x / 32;
+      const int warp = uniform(static_cast<int>(threadIdx.x / 32));
       if (warp > 2) return;
       const Sequence sequence = load_sequence(p_.shape, task_.batch);
       const RowWalk walk(launch_, task_);

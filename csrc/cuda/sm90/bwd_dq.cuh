@@ -208,12 +208,12 @@ class DqKernel {
             uniform(first_key_row(job.sequence, branch, p_.config))};
   }
 
-  /// A warp, by its first lane: a tile of keys into the ring.
+  /// A warp, by one lane: a tile of keys into the ring.
   __device__ __forceinline__ void load_tile(const KeySource& source, const KeyTile& tile,
                                             Position& at) {
-    const int row = source.first + uniform(tile.key);
+    const int row = uniform(source.first + tile.key);
     const uint32_t bar = uniform(at.full), dst = uniform(ring(at));
-    if (threadIdx.x == 0) {
+    if (elect_lane()) {
       mbarrier_wait(at.empty(), at.parity ^ 1);
       store_shared_16(
           note(at), make_uint4(static_cast<uint32_t>(tile.key), tile.tokens[0], tile.tokens[1], 0));

@@ -84,67 +84,70 @@ struct RowWalk {
         tokens(kRows >> launch.log2_group),
         list_tiles((task.list_count + tokens - 1) >> (6 - launch.log2_group)),
         tiles(list_tiles + ((task.token_count + tokens - 1) >> (6 - launch.log2_group))) {}
-
-  /// Token `slot` of a list tile, the last of the list first; -1 past its start.
-  __device__ __forceinline__ int listed(int tile, int slot) const {
-    const int i = task.list_count - 1 - tile * tokens - slot;
-    return i >= 0 ? __ldg(list + i) : -1;
-  }
-  __device__ __forceinline__ int range_begin(int tile) const {
-    return task.token_begin + (tile - list_tiles) * tokens;
-  }
 };
 
-/// One warp: copies of the tiles of Q and dO. A list's tokens are loaded one by one, by as many
-/// lanes, which read the list a tile ahead.
+/// One warp, by one lane: copies of the tiles of Q and dO. A list's tokens are loaded one by one;
+/// the lanes read the list a tile ahead.
 template <class Shape, class Smem>
 __device__ void load_rows(const DkvLaunch& launch, const RowWalk& walk, const Sequence& sequence,
                           Smem& smem) {
   constexpr int kQPanels = Shape::kDimQk / 64, kPanels = kQPanels + Shape::kDimV / 64;
   const int lane = threadIdx.x % 32;
-  const int batch = static_cast<int>(sequence.batch), head = walk.task.head;
-  const int first = static_cast<int>(sequence.q_first);
+  const int batch = uniform(static_cast<int>(sequence.batch)), head = uniform(walk.task.head);
+  const int first = static_cast<int>(sequence.q_first), tokens = walk.tokens;
   RingPosition<Shape::kStages> at(smem_addr(smem.full));
   const RingAddress<Shape::kStageBytes> ring(smem_addr(smem.ring), smem_addr(smem.full));
   const auto open = [&]() {
     mbarrier_wait(at.empty(), at.parity ^ 1);
-    if (lane == 0) mbarrier_arrive_expect(at.full, Shape::kStageBytes);
+    if (elect_lane()) mbarrier_arrive_expect(at.full, Shape::kStageBytes);
+    __syncwarp();
+  };
+  const auto load = [&](const CUtensorMap& q, const CUtensorMap& dout, uint32_t to, int row) {
+    const uint32_t dst = uniform(to), bar = uniform(at.full);
+    row = uniform(row);
+    if (elect_lane()) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        tma_load(dst + panel * kPanelBytes, panel < kQPanels ? &q : &dout, bar,
+                 (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head, row, batch);
+    }
     __syncwarp();
   };
   if constexpr (Shape::kList) {
     // Past the end of any tensor: a token that is not there reads as zeros.
     const int nowhere = static_cast<int>(launch.args.common.p.shape.total_q);
-    const auto row_of = [&](int tile, int slot) {
-      const int token = slot < walk.tokens ? walk.listed(tile, slot) : -1;
-      return token < 0 ? nowhere : first + token;
+    const int32_t* const list = keep(walk.list);
+    int i = walk.task.list_count - 1 - lane;  // the last of the list first
+    const int chunk = min(tokens, 32);
+    const auto read = [&]() {
+      const int token = i >= 0 ? __ldg(list + i) : -1;
+      i -= chunk;
+      return token;
     };
-    int next = row_of(0, lane);
-    for (int tile = 0; tile < walk.list_tiles; ++tile) {
-      int row = next;
-      next = row_of(tile + 1, lane);
+    int next = read();
+#pragma unroll 1
+    for (int tile = uniform(walk.list_tiles); tile > 0; --tile) {
+      uint32_t dst = ring.at(at.full);
       open();
-      for (int slot = lane; slot < walk.tokens; slot += 32) {
-        if (slot != lane) row = row_of(tile, slot);
-        const uint32_t dst = ring.at(at.full) + (slot << (7 + launch.log2_group));
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel)
-          tma_load(dst + panel * kPanelBytes,
-                   panel < kQPanels ? &launch.q_token : &launch.dout_token, at.full,
-                   (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head, row, batch);
+#pragma unroll 1
+      for (int left = tokens; left > 0; left -= chunk) {
+        const int row = next < 0 ? nowhere : first + next;
+        next = read();
+#pragma unroll 1
+        for (int slot = 0; slot < chunk; ++slot) {
+          load(launch.q_token, launch.dout_token, dst, __shfl_sync(kFullWarp, row, slot));
+          dst += 128 << launch.log2_group;
+        }
       }
       at.advance();
     }
   }
-  for (int tile = Shape::kList ? walk.list_tiles : 0; tile < walk.tiles; ++tile) {
+  int row = first + walk.task.token_begin;
+#pragma unroll 1
+  for (int tile = uniform(walk.tiles - walk.list_tiles); tile > 0; --tile) {
     open();
-    if (lane == 0) {
-      const uint32_t dst = ring.at(at.full);
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-        tma_load(dst + panel * kPanelBytes, panel < kQPanels ? &launch.q : &launch.dout, at.full,
-                 (panel < kQPanels ? panel : panel - kQPanels) * 64, 0, head,
-                 first + walk.range_begin(tile), batch);
-    }
+    load(launch.q, launch.dout, ring.at(at.full), row);
+    row += tokens;
     at.advance();
   }
 }
@@ -201,7 +204,7 @@ __device__ void describe_rows(const DkvLaunch& launch, const RowWalk& walk,
         own.gated_lse_log2[0] = INFINITY;
         minus_delta[0] = minus_delta[2] = own.gate[0] = 0.0f;
       }
-      mbarrier_arrive_cp_async(at.full);
+      mbarrier_arrive_cp_async(uniform(at.full));
       own.position[0] = position;
       uint32_t masked = 0;
 #pragma unroll
