@@ -89,8 +89,8 @@ class DqKernel {
     __device__ __forceinline__ Tokens(int first, int count, int end) {
       count = min(count, end - first);
       const uint64_t all = count > 0 ? ~uint64_t{0} >> (64 - count) << first : 0;
-      bits[0] = uniform(static_cast<uint32_t>(all));
-      bits[1] = uniform(static_cast<uint32_t>(all >> 32));
+      bits[0] = static_cast<uint32_t>(all);
+      bits[1] = static_cast<uint32_t>(all >> 32);
     }
     __device__ __forceinline__ bool any_of(const uint4& tile) const {
       return __any_sync(kFullWarp, (tile.y & bits[0]) | (tile.z & bits[1]));
@@ -213,8 +213,8 @@ class DqKernel {
                                             Position& at) {
     const int row = uniform(source.first + tile.key);
     const uint32_t bar = uniform(at.full), dst = uniform(ring(at));
+    mbarrier_wait(at.empty(), at.parity ^ 1);
     if (elect_lane()) {
-      mbarrier_wait(at.empty(), at.parity ^ 1);
       store_shared_16(
           note(at), make_uint4(static_cast<uint32_t>(tile.key), tile.tokens[0], tile.tokens[1], 0));
       mbarrier_arrive_expect(bar, Shape::kStageBytes);
@@ -371,7 +371,7 @@ class DqKernel {
       return visible_keys(branch, job.sequence.position(job.first + token), p_.config);
     };
     if (branch == kSelected && p_.config.select_size < kRows) return {0, -1};
-    return {uniform(keys_of(last).begin), uniform(keys_of(first).end) - kRows};
+    return {keys_of(last).begin, keys_of(first).end - kRows};
   }
 
   /// Query head of a row, within the group.
