@@ -458,19 +458,27 @@ class DqKernel {
                                        int branch) const {
     const int key = static_cast<int>(tile.x);
     const int count = branch == kSelected ? min(p_.config.select_size, kRows) : kRows;
-    KeyRange seen[2];
+    const int lane_column = threadIdx.x % 4 * 2;
+    int first[2], end[2];  // from the lane's first column on
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = rows.token[half];
       const uint32_t bits = token < 32 ? tile.y : tile.z;
       const bool looks = token >= 0 && (bits >> token % 32 & 1);
-      seen[half] = {rows.keys[half].begin - key, looks ? min(rows.keys[half].end - key, count) : 0};
+      first[half] = rows.keys[half].begin - key - lane_column;
+      end[half] = (looks ? min(rows.keys[half].end - key, count) : 0) - lane_column;
     }
+    // Few tiles have keys past the end of what rows see and keys before it.
+    constexpr int kLast = kRows - 8 + 1;
+    if (__any_sync(kFullWarp, min(end[0], end[1]) <= kLast)) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int column = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
-      const KeyRange& range = seen[i / 2 % 2];
-      if (column < range.begin || column >= range.end) s[i] = -INFINITY;
+      for (int i = 0; i < kScores; ++i)
+        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) s[i] = -INFINITY;
+    }
+    if (__any_sync(kFullWarp, max(first[0], first[1]) > 0)) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        if (i / 4 * 8 + i % 2 < first[i / 2 % 2]) s[i] = -INFINITY;
     }
   }
 
