@@ -226,7 +226,7 @@ class DkvKernel {
         for (int i = 0; i < kScores; ++i) s[i] *= dp[i];
         wgmma_wait<0>();
         pin(dv);
-        pin(s);  // P^T and dS^T are packed in the same registers
+        pin(s);  // packing needs no registers beside those of P^T
         pack(s, packed);
         previous_q = q;
       }
