@@ -31,6 +31,11 @@ __device__ __forceinline__ uint32_t keep(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+template <class Object>
+__device__ __forceinline__ const Object* keep(const Object* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- Asynchronous copies, global -> shared ------------------------------------------------------
 
@@ -73,6 +78,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t addr) {
   return r;
 }
 
+/// What lies at an address of shared memory.
+template <class Object>
+__device__ __forceinline__ Object& shared_object(uint32_t addr) {
+  return *static_cast<Object*>(__cvta_shared_to_generic(addr));
+}
+
 // ---- mbarrier -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, int count) {
@@ -91,9 +102,9 @@ inline constexpr int kWarpArrivals = 32;
 inline constexpr int kWarpArrivals = 1;
 #endif
 /// kWarpArrivals arrivals, for all that the lanes of the calling warp did before.
-__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t bar) {
+__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t bar, int lane = threadIdx.x % 32) {
   if (kWarpArrivals == 1) __syncwarp();
-  if (kWarpArrivals == 32 || threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+  if (kWarpArrivals == 32 || lane == 0) mbarrier_arrive(bar);
 }
 /// One of the barrier's expected arrivals, made when all earlier cp.async of this thread have
 /// landed.

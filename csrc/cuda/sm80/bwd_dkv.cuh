@@ -107,14 +107,14 @@ struct RowTileProducts {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int column = half * 16 + n * 8 + 2 * (lane % 4);
-          const float2 delta = *reinterpret_cast<const float2*>(&info.delta[column]);
+          const float2 minus_delta = *reinterpret_cast<const float2*>(&info.minus_delta[column]);
 #pragma unroll
           for (int m = 0; m < kKeyTiles; ++m)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const float2 p = unpack2<T>(a[m][2 * n + i]);
-              a[m][2 * n + i] =
-                  pack2<T>(p.x * (x[m][n][2 * i] - delta.x), p.y * (x[m][n][2 * i + 1] - delta.y));
+              a[m][2 * n + i] = pack2<T>(p.x * (x[m][n][2 * i] + minus_delta.x),
+                                         p.y * (x[m][n][2 * i + 1] + minus_delta.y));
             }
         }
       }

@@ -33,7 +33,7 @@ struct DqTraits {
 struct RowPair {
   int token[2];   // within the query tile
   bool valid[2];  // padding rows see nothing and hold zeros
-  float lse_log2[2], delta[2], gate[2];
+  float lse_log2[2], minus_delta[2], gate[2];
   KeyRange keys[2];
 
   __device__ __forceinline__ void load_branch(const DqArgs& args, const QueryTile& tile, int branch,
@@ -42,7 +42,7 @@ struct RowPair {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       lse_log2[i] = INFINITY;
-      delta[i] = gate[i] = 0.0f;
+      minus_delta[i] = gate[i] = 0.0f;
       keys[i] = {0, 0};
       if (!valid[i]) continue;
       const int64_t row = tile.sequence.q_row + tile.first + token[i];
@@ -52,7 +52,7 @@ struct RowPair {
                                 args.common.group +
                             head];
       lse_log2[i] = stats.lse_log2;
-      delta[i] = stats.delta;
+      minus_delta[i] = stats.minus_delta;
       gate[i] = stats.gate;
       keys[i] = visible_keys(branch, tile.sequence.position(tile.first + token[i]), p.config);
     }
@@ -125,7 +125,7 @@ class KeyTileProducts {
           const int key = n * 8 + 2 * (lane_ % 4) + i % 2;
           if (key < keys[i / 2].begin || key >= keys[i / 2].end) x = 0.0f;
         }
-        s[n][i] = x * (dp[n][i] - rows.delta[i / 2]);
+        s[n][i] = x * (dp[n][i] + rows.minus_delta[i / 2]);
       }
       ds[n / 2][n % 2 * 2] = pack2<T>(s[n][0], s[n][1]);
       ds[n / 2][n % 2 * 2 + 1] = pack2<T>(s[n][2], s[n][3]);

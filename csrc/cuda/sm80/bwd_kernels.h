@@ -7,7 +7,7 @@
 
 namespace nsa::cuda::bwd {
 
-/// delta, lse and gate of every row, and dgates.
+/// RowStats of every row, and dgates.
 template <class T>
 void launch_bwd_preprocess(const BwdArgs& args, cudaStream_t stream);
 

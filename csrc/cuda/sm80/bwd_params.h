@@ -32,10 +32,10 @@ inline int query_tile_tokens(int64_t dim_qk, int group) {
 /// What the score derivative of a row needs in one branch:
 /// dS = p * gate * (dout V^T - delta) with p = exp2(scale_log2 * score - lse_log2).
 struct alignas(16) RowStats {
-  float lse_log2;  // +inf for a row that sees no key, so that p is 0
-  float delta;     // rowsum(dout * out of the branch), which is also the gradient of the gate
+  float lse_log2;     // +inf for a row that sees no key, so that p is 0
+  float minus_delta;  // -rowsum(dout * out of the branch): minus the gradient of the gate
   float gate;
-  float unused;
+  float gated_lse_log2;  // lse_log2 - log2 |gate|: the exponent of p * |gate|
 };
 
 /// Cuts every sequence into tiles of `tile` items and numbers them from the first sequence to the

@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(kThreads) preprocess_rows(const __grid_constan
     }
     const bool unseen = value == -INFINITY;
     const int64_t head_kv = head / args.group, g = head % args.group;
+    const float lse_log2 = unseen ? INFINITY : value * 1.4426950408889634f;
     args.stats[((c * p.shape.heads_kv + head_kv) * p.shape.total_q + token) * args.group + g] =
-        RowStats{unseen ? INFINITY : value * 1.4426950408889634f, unseen ? 0.0f : own, gate, 0.0f};
+        RowStats{lse_log2, unseen ? 0.0f : -own, gate, lse_log2 - log2_approx(fabsf(gate))};
   }
 }
 

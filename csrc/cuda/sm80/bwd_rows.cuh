@@ -12,7 +12,7 @@ inline constexpr int kRowTile = 32;  // one lane of a warp knows one row
 
 /// Beside a tile of rows. Key ranges are relative to the task's first key.
 struct RowTileInfo {
-  float lse_log2[kRowTile], delta[kRowTile], gate[kRowTile];
+  float lse_log2[kRowTile], minus_delta[kRowTile], gate[kRowTile];
   int key_begin[kRowTile], key_end[kRowTile];
   int masked;  // whether some row does not see all of the task's 64 keys
   int unused[3];
@@ -89,7 +89,7 @@ class RowSource {
                                 args_.common.group +
                             head;
     cp_async_4(smem_addr(&info->lse_log2[lane]), &stats->lse_log2, valid);
-    cp_async_4(smem_addr(&info->delta[lane]), &stats->delta, valid);
+    cp_async_4(smem_addr(&info->minus_delta[lane]), &stats->minus_delta, valid);
     cp_async_4(smem_addr(&info->gate[lane]), &stats->gate, valid);
   }
 

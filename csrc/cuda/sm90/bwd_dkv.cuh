@@ -1,8 +1,10 @@
 // Key-stationary dK and dV on Hopper: a block of threads owns 128 keys (of a range) or 64 (of a
 // selected block) and walks the query rows that see them, in tiles of 64.
 //
-//   S^T = K Q^T          P^T = gate * exp2(scale S^T - lse)      dV += P^T dO
-//   dP^T = V dO^T        dS^T = P^T * (dP^T - delta)             dK += scale dS^T Q
+//   S^T = K Q^T            P^T = exp2(scale S^T - lse + log2 gate)  dV += P^T dO
+//   dP^T = V dO^T - delta  dS^T = P^T * dP^T                        dK += scale dS^T Q
+//
+// Rows of negative gates change their sign afterwards.
 //
 // Keys are the rows of every product, so P^T and dS^T leave one product where the next one wants
 // its A operand: in registers. With ranges each of the two consumer warpgroups owns 64 keys and
@@ -74,7 +76,7 @@ class DkvKernel {
     __syncthreads();
     if (threadIdx.x < 128) {
       lower_registers<Shape::kProducerRegisters>();
-      const int warp = threadIdx.x / 32;
+      const int warp = uniform(static_cast<int>(threadIdx.x / 32));
       if (warp > 2) return;
       const Sequence sequence = load_sequence(p_.shape, task_.batch);
       const RowWalk walk(launch_, task_);
@@ -87,7 +89,7 @@ class DkvKernel {
       }
     } else {
       raise_registers<Shape::kConsumerRegisters>();
-      consume(threadIdx.x / 128 - 1);
+      consume(uniform(static_cast<int>(threadIdx.x / 128) - 1));
     }
   }
 
@@ -109,16 +111,12 @@ class DkvKernel {
 
   // ---- Consumers --------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void wait_full(const Position& at) {
-    mbarrier_wait(smem_addr(&smem_.full[at.slot]), at.parity);
-  }
-
   /// Releases `count` tiles unread. An arrival before the tile is there would count for the tile
   /// before it.
   __device__ __forceinline__ void pass_over(int count, Position& at) {
     for (int i = 0; i < count; ++i) {
-      wait_full(at);
-      arrive_warp(smem_.empty[at.slot]);
+      mbarrier_wait(at.full, at.parity);
+      mbarrier_arrive_warp(at.empty());
       at.advance();
     }
   }
@@ -127,18 +125,19 @@ class DkvKernel {
     int first, count, total;
     {
       const RowWalk walk(launch_, task_);
-      total = walk.tiles;
+      total = uniform(walk.tiles);
       if constexpr (Shape::kList) {
         first = min(consumer, total);
         count = (total + 1 - consumer) / 2;
       } else {
         const QueryRange seen = queries_of(consumer);
-        first = seen.begin >> (6 - launch_.log2_group);
-        count = ((seen.begin + seen.count + walk.tokens - 1) >> (6 - launch_.log2_group)) - first;
-        if (seen.count <= 0) first = count = 0;
+        first = uniform(seen.begin >> (6 - launch_.log2_group));
+        count = uniform((seen.begin + seen.count + walk.tokens - 1) >> (6 - launch_.log2_group)) -
+                first;
+        if (uniform(seen.count) <= 0) first = count = 0;
       }
     }
-    Position at;
+    Position at(smem_addr(smem_.full));
     pass_over(first, at);
     float dk[kDimQk / 2], dv[kDimV / 2];
 #pragma unroll
@@ -181,104 +180,124 @@ class DkvKernel {
   __device__ __forceinline__ void walk_tiles(int consumer, int count, Position& at,
                                              float (&dk)[kDimQk / 2], float (&dv)[kDimV / 2]) {
     const int key_tile = Shape::kList ? 0 : consumer;
-    const uint32_t k_tile = smem_addr(smem_.k[key_tile]), v_tile = smem_addr(smem_.v[key_tile]);
+    const uint32_t k_word = uniform(descriptor_word(smem_addr(smem_.k[key_tile])));
+    const uint32_t v_word = uniform(descriptor_word(smem_addr(smem_.v[key_tile])));
+    const uint32_t first_full = smem_addr(smem_.full);
+    const RingAddress<Shape::kStageBytes / 16> words(descriptor_word(smem_addr(smem_.ring)),
+                                                     first_full);
+    const RingAddress<sizeof(RowTileInfo)> infos(smem_addr(smem_.info), first_full);
     const float scale_log2 = static_cast<float>(p_.shape.softmax_scale * 1.4426950408889634);
     // Before the first step: zeros, times rows that are there.
-    uint32_t ds_packed[kScores / 2];
+    uint32_t packed[kScores / 2];
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) ds_packed[i] = 0;
-    uint32_t previous_q = smem_addr(smem_.ring[at.slot]);
-    int previous_slot = -1;
+    for (int i = 0; i < kScores / 2; ++i) packed[i] = 0;
+    uint32_t previous_q = uniform(words.at(at.full)), previous_empty = 0;
     for (int i = 0; i < count; ++i) {
-      wait_full(at);
-      const RowTileInfo& info = smem_.info[at.slot];
+      mbarrier_wait(at.full, at.parity);
+      const uint32_t tile = uniform(words.at(at.full));
+      const RowTileInfo& info = shared_object<const RowTileInfo>(infos.at(at.full));
+      const bool negative = info.any_negative();
 #pragma unroll
       for (int step = 0; step < Shape::kSteps; ++step) {
-        const uint32_t q = smem_addr(smem_.ring[at.slot]) + step * kColumns * 128;
-        const uint32_t dout = q + Shape::kQBytes;
-        const int column = step * kColumns + threadIdx.x % 4 * 2;
+        const uint32_t q = tile + step * kColumns * 128 / 16, dout = q + Shape::kQBytes / 16;
+        const int row = step * kColumns;
         float s[kScores], dp[kScores];
+        start_dp(dp, info, row);
         wgmma_fence();
-        issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
-        issue_scores<T, kColumns, kDimQk>(s, uniform(k_tile), uniform(q));
+        issue_update<T, kDimQk, kColumns / 16>(dk, packed, previous_q);
+        issue_scores<T, kColumns, kDimQk>(s, k_word, q);
         wgmma_commit();
-        issue_scores<T, kColumns, kDimV>(dp, uniform(v_tile), uniform(dout));
+        issue_scores<T, kColumns, kDimV, true>(dp, v_word, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
         pin(dk);
-        if (step == 0 && previous_slot >= 0) arrive_warp(smem_.empty[previous_slot]);
-        if (info.masked[0][key_tile] | info.masked[1][key_tile]) mask(s, info, key_tile, column);
-        uint32_t p_packed[kScores / 2];
-        make_p(s, p_packed, info, column, scale_log2);
+        if (step == 0 && previous_empty != 0) mbarrier_arrive_warp(previous_empty);
+        if (info.masked() >> key_tile & 1) mask(s, info, key_tile, row);
+        make_p(s, info, row, scale_log2);
+        if (negative) apply_signs(s, info, row);
+        pack(s, packed);
         wgmma_fence();
-        issue_update<T, kDimV, kColumns / 16>(dv, p_packed, uniform(dout));
+        issue_update<T, kDimV, kColumns / 16>(dv, packed, dout);
         wgmma_commit();
         wgmma_wait<1>();
         pin(dp);
-        make_ds(p_packed, dp, ds_packed, info, column);
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) s[i] *= dp[i];
         wgmma_wait<0>();
         pin(dv);
+        pin(s);  // packing needs no registers beside those of P^T
+        pack(s, packed);
         previous_q = q;
       }
-      previous_slot = at.slot;
+      previous_empty = at.empty();
       at.advance();
       if (Shape::kList && i + 1 < count) pass_over(1, at);
     }
     wgmma_fence();
-    issue_update<T, kDimQk, kColumns / 16>(dk, ds_packed, uniform(previous_q));
+    issue_update<T, kDimQk, kColumns / 16>(dk, packed, previous_q);
     wgmma_commit();
     wgmma_wait<0>();
     pin(dk);
-    arrive_warp(smem_.empty[previous_slot]);
+    mbarrier_arrive_warp(previous_empty);
   }
 
-  /// P^T of a step, as the A operand of its product with dO.
-  static __device__ __forceinline__ void make_p(const float (&s)[kScores],
-                                                uint32_t (&packed)[kScores / 2],
-                                                const RowTileInfo& info, int column,
-                                                float scale_log2) {
+  /// S^T becomes P^T, but for the gates' signs.
+  static __device__ __forceinline__ void make_p(float (&s)[kScores], const RowTileInfo& info,
+                                                int row, float scale_log2) {
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const float2 lse = *reinterpret_cast<const float2*>(&info.lse_log2[column + n * 8]);
-      const float2 gate = *reinterpret_cast<const float2*>(&info.gate[column + n * 8]);
+    for (int k = 0; k < kColumns / 16; ++k) {
+      const auto lse = RowTileInfo::of_thread<float4>(info.gated_lse_log2, row + k * 16);
+      const float lses[] = {lse.x, lse.y, lse.z, lse.w};
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        packed[2 * n + i] =
-            pack2<T>(exp2_approx(fmaf(s[4 * n + 2 * i], scale_log2, -lse.x)) * gate.x,
-                     exp2_approx(fmaf(s[4 * n + 2 * i + 1], scale_log2, -lse.y)) * gate.y);
+      for (int i = 0; i < 8; ++i)
+        s[8 * k + i] = exp2_approx(fmaf(s[8 * k + i], scale_log2, -lses[i / 4 * 2 + i % 2]));
     }
   }
-  /// dS^T from P^T, which is rounded by now, and dP^T.
-  static __device__ __forceinline__ void make_ds(const uint32_t (&p_packed)[kScores / 2],
-                                                 const float (&dp)[kScores],
-                                                 uint32_t (&packed)[kScores / 2],
-                                                 const RowTileInfo& info, int column) {
+  static __device__ __forceinline__ void apply_signs(float (&s)[kScores], const RowTileInfo& info,
+                                                     int row) {
+#pragma unroll
+    for (int k = 0; k < kColumns / 16; ++k) {
+      const auto gate = RowTileInfo::of_thread<float4>(info.gate, row + k * 16);
+      const float gates[] = {gate.x, gate.y, gate.z, gate.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[8 * k + i] = copysignf(s[8 * k + i], gates[i / 4 * 2 + i % 2]);
+    }
+  }
+  /// What dP^T is added to.
+  static __device__ __forceinline__ void start_dp(float (&dp)[kScores], const RowTileInfo& info,
+                                                  int row) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(&info.delta[column + n * 8]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 p = unpack2<T>(p_packed[2 * n + i]);
-        packed[2 * n + i] =
-            pack2<T>(p.x * (dp[4 * n + 2 * i] - delta.x), p.y * (dp[4 * n + 2 * i + 1] - delta.y));
-      }
+      const auto x = RowTileInfo::of_thread<float4>(info.minus_delta[n % 2], row + n / 2 * 16);
+      dp[4 * n] = x.x;
+      dp[4 * n + 1] = x.y;
+      dp[4 * n + 2] = x.z;
+      dp[4 * n + 3] = x.w;
     }
+  }
+  /// The A operand of a product.
+  static __device__ __forceinline__ void pack(const float (&s)[kScores],
+                                              uint32_t (&packed)[kScores / 2]) {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) packed[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
   /// Scores of keys that the column's row does not see become -inf.
   __device__ __forceinline__ void mask(float (&s)[kScores], const RowTileInfo& info, int key_tile,
-                                       int column) {
-    const int first = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+                                       int row) const {
+    const KeySight sight(launch_.args.plan.range_branch, task_.key, p_.config);
+    const int key = key_tile * kRows + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    const int first[2] = {sight.first + key * sight.unit, sight.first + (key + 8) * sight.unit};
+    const auto reach = static_cast<uint32_t>(info.halves[0].reach);
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      const int2 begin = *reinterpret_cast<const int2*>(&info.key_begin[column + n * 8]);
-      const int2 end = *reinterpret_cast<const int2*>(&info.key_end[column + n * 8]);
+    for (int pair = 0; pair < kColumns / 16; ++pair) {
+      const auto rows = RowTileInfo::of_thread<int4>(info.position, row + pair * 16);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = first + i / 2 * 8;
-        if (key < (i % 2 ? begin.y : begin.x) || key >= (i % 2 ? end.y : end.x))
-          s[4 * n + i] = -INFINITY;
+      for (int i = 0; i < 8; ++i) {
+        const int position = i / 4 ? (i % 2 ? rows.w : rows.z) : (i % 2 ? rows.y : rows.x);
+        if (static_cast<uint32_t>(position - first[i / 2 % 2]) >= reach)
+          s[8 * pair + i] = -INFINITY;
       }
     }
   }

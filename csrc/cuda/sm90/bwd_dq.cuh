@@ -32,11 +32,10 @@ struct DqLaunch {
   CUtensorMap k[kNumBranches], v[kNumBranches];
 };
 
-/// A tile of up to 64 keys from `key` on.
+/// A tile of keys from `key` on, and the tokens of the query tile that look at it.
 struct alignas(16) KeyTile {
   int key;
-  uint32_t count_wanted;  // keys; from bit 8 on the consumers that look at them,
-  uint32_t tokens[2];     // and the tokens of the query tile
+  uint32_t tokens[2];
 };
 
 template <class T_, int kDimQk_, int kDimV_>
@@ -79,8 +78,31 @@ class DqKernel {
   /// A thread's two rows, 8 apart: what the current branch says about them.
   struct RowPair {
     int token[2];  // within the query tile; -1 for padding, which sees nothing
-    float lse_log2[2], gate[2], gated_delta[2];
+    float lse_log2[2], gate[2], minus_gated_delta[2];
     KeyRange keys[2];
+  };
+
+  /// Tokens of the query tile, a bit each. The same in all lanes.
+  struct Tokens {
+    uint32_t bits[2];
+    /// `count` of them from `first` on, those from `end` on left out.
+    __device__ __forceinline__ Tokens(int first, int count, int end) {
+      count = min(count, end - first);
+      const uint64_t all = count > 0 ? ~uint64_t{0} >> (64 - count) << first : 0;
+      bits[0] = static_cast<uint32_t>(all);
+      bits[1] = static_cast<uint32_t>(all >> 32);
+    }
+    __device__ __forceinline__ bool any_of(const uint4& tile) const {
+      return __any_sync(kFullWarp, (tile.y & bits[0]) | (tile.z & bits[1]));
+    }
+    __device__ __forceinline__ bool all_in(const uint4& tile) const {
+      return ((~tile.y & bits[0]) | (~tile.z & bits[1])) == 0;
+    }
+  };
+
+  /// Keys that all rows of a warp see, as far as they are there. The same in all lanes.
+  struct WholeTiles {
+    int first, last;  // tiles that begin there or between
   };
 
  public:
@@ -91,9 +113,11 @@ class DqKernel {
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
+      Position at = first_position();
       for (int i = 0; i < Shape::kStages; ++i) {
-        mbarrier_init(full(i), 1);
-        mbarrier_init(empty(i), 4 * Shape::kConsumers * kWarpArrivals);
+        mbarrier_init(at.full, 1);
+        mbarrier_init(at.empty(), 4 * Shape::kConsumers * kWarpArrivals);
+        at.advance();
       }
       for (int i = 0; i < Shape::kConsumers; ++i) mbarrier_init(rows_full(i), 1);
       fence_barrier_init();
@@ -104,7 +128,7 @@ class DqKernel {
       if (threadIdx.x < 32) load_keys();
     } else {
       raise_registers<Shape::kConsumerRegisters>();
-      consume(threadIdx.x / 128 - 1);
+      consume(uniform(static_cast<int>(threadIdx.x / 128) - 1));
     }
   }
 
@@ -113,17 +137,16 @@ class DqKernel {
   __device__ __forceinline__ uint32_t rows_tile(int consumer) const {
     return smem_ + offsetof(Smem, rows) + consumer * Shape::kStageBytes;
   }
-  __device__ __forceinline__ uint32_t ring(int slot) const {
-    return smem_ + offsetof(Smem, ring) + slot * Shape::kStageBytes;
+  __device__ __forceinline__ Position first_position() const {
+    return Position(smem_ + offsetof(Smem, full));
   }
-  __device__ __forceinline__ uint32_t note(int slot) const {
-    return smem_ + offsetof(Smem, tiles) + slot * sizeof(KeyTile);
+  __device__ __forceinline__ uint32_t ring(const Position& at) const {
+    return smem_ + offsetof(Smem, ring) +
+           (at.full - smem_ - offsetof(Smem, full)) * (Shape::kStageBytes / kBarrierBytes);
   }
-  __device__ __forceinline__ uint32_t full(int slot) const {
-    return smem_ + offsetof(Smem, full) + slot * 8;
-  }
-  __device__ __forceinline__ uint32_t empty(int slot) const {
-    return smem_ + offsetof(Smem, empty) + slot * 8;
+  __device__ __forceinline__ uint32_t note(const Position& at) const {
+    return smem_ + offsetof(Smem, tiles) +
+           (at.full - smem_ - offsetof(Smem, full)) * (sizeof(KeyTile) / kBarrierBytes);
   }
   __device__ __forceinline__ uint32_t rows_full(int consumer) const {
     return smem_ + offsetof(Smem, rows_full) + consumer * 8;
@@ -185,15 +208,15 @@ class DqKernel {
             uniform(first_key_row(job.sequence, branch, p_.config))};
   }
 
-  /// A warp, by its first lane: a tile of keys into the ring.
+  /// A warp, by one lane: a tile of keys into the ring.
   __device__ __forceinline__ void load_tile(const KeySource& source, const KeyTile& tile,
                                             Position& at) {
-    const int slot = uniform(at.slot), row = source.first + uniform(tile.key);
-    const uint32_t bar = full(slot), dst = ring(slot);
-    if (threadIdx.x == 0) {
-      mbarrier_wait(empty(slot), at.parity ^ 1);
-      store_shared_16(note(slot), make_uint4(static_cast<uint32_t>(tile.key), tile.count_wanted,
-                                             tile.tokens[0], tile.tokens[1]));
+    const int row = uniform(source.first + tile.key);
+    const uint32_t bar = uniform(at.full), dst = uniform(ring(at));
+    mbarrier_wait(at.empty(), at.parity ^ 1);
+    if (elect_lane()) {
+      store_shared_16(
+          note(at), make_uint4(static_cast<uint32_t>(tile.key), tile.tokens[0], tile.tokens[1], 0));
       mbarrier_arrive_expect(bar, Shape::kStageBytes);
 #pragma unroll
       for (int panel = 0; panel < kDimQk / 64; ++panel)
@@ -208,28 +231,10 @@ class DqKernel {
     at.advance();
   }
 
-  /// The consumers that have one of these tokens of the query tile.
-  __device__ __forceinline__ uint32_t consumers_of(const uint32_t (&tokens)[2]) const {
-    const int count = consumer_tokens();
-    uint32_t wanted = 0;
-#pragma unroll
-    for (int c = 0; c < Shape::kConsumers; ++c) {
-      const int first = c * count;
-      bool wants;
-      if (count == kMaxTileTokens)  // G = 1: the first warpgroup has them all
-        wants = c == 0 && (tokens[0] | tokens[1]) != 0;
-      else
-        wants = first < kMaxTileTokens &&
-                ((first < 32 ? tokens[0] : tokens[1]) >> first % 32 & (~0u >> (32 - count))) != 0;
-      wanted |= static_cast<uint32_t>(wants) << c;
-    }
-    return wanted;
-  }
-
   /// One warp. Its lanes read the lists of blocks, the first one does the rest.
   __device__ void load_keys() {
     const int lane = threadIdx.x;
-    Position at;
+    Position at = first_position();
     for (int number = blockIdx.x; number < launch_.jobs; number += gridDim.x) {
       if (job_again(number).count <= 0) continue;
 #pragma unroll 1
@@ -241,15 +246,12 @@ class DqKernel {
           const UnionBlock* blocks = blocks_of(job);
           const int count = uniform(launch_.args.union_counts[list_of(job)]);
           const int size = p_.config.select_size;
-          const uint32_t keys = static_cast<uint32_t>(min(size, kRows));
           for (int base = 0; base < count; base += 32) {
             UnionBlock own{};
             if (base + lane < count) own = blocks[base + lane];
-            const uint32_t own_count_wanted = keys | consumers_of(own.tokens) << 8;
 #pragma unroll 1
             for (int i = 0; i < min(32, count - base); ++i) {
               KeyTile tile{__shfl_sync(kFullWarp, own.block, i) * size,
-                           __shfl_sync(kFullWarp, own_count_wanted, i),
                            {__shfl_sync(kFullWarp, own.tokens[0], i),
                             __shfl_sync(kFullWarp, own.tokens[1], i)}};
 #pragma unroll 1
@@ -262,14 +264,9 @@ class DqKernel {
         } else {
           const KeyRange keys = dense_keys(job, branch);
           const int end = uniform(keys.end);
-          uint32_t wanted = 0;
-          for (int c = 0; c < Shape::kConsumers; ++c)
-            wanted |= static_cast<uint32_t>(c * consumer_tokens() < job.count) << c;
 #pragma unroll 1
-          for (int key = uniform(keys.begin); key < end; key += kRows) {
-            const uint32_t count = static_cast<uint32_t>(min(kRows, end - key));
-            load_tile(source, {key, count | wanted << 8, {~0u, ~0u}}, at);
-          }
+          for (int key = uniform(keys.begin); key < end; key += kRows)
+            load_tile(source, {key, {~0u, ~0u}}, at);
         }
       }
     }
@@ -303,21 +300,28 @@ class DqKernel {
   }
 
   __device__ void consume(int consumer) {
-    Position at;
+    Position at = first_position();
+    const RingAddress<Shape::kStageBytes / 16> words(descriptor_word(smem_ + offsetof(Smem, ring)),
+                                                     first_position().full);
+    const RingAddress<sizeof(KeyTile)> notes(smem_ + offsetof(Smem, tiles), first_position().full);
     uint32_t parity = 0;
     int number = next_job(blockIdx.x);
     load_rows(consumer, number);
     while (number < launch_.jobs) {
       RowPair rows;
       const int first_row = warp_row() + threadIdx.x % 32 / 4;
+      const int first_token = consumer * consumer_tokens();
       const int job_tokens = job_again(number).count;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = first_row + 8 * i;
-        const int token = consumer * consumer_tokens() + (row >> launch_.log2_group);
+        const int token = first_token + (row >> launch_.log2_group);
         const bool valid = token < job_tokens && head_of(row) < launch_.args.common.group;
         rows.token[i] = valid ? token : -1;
       }
+      const Tokens group_tokens(first_token, consumer_tokens(), job_tokens);
+      const Tokens warp_tokens(first_warp_token(consumer), max(16 >> launch_.log2_group, 1),
+                               job_tokens);
       float dq[kDimQk / 2];
 #pragma unroll
       for (int i = 0; i < kDimQk / 2; ++i) dq[i] = 0.0f;
@@ -328,17 +332,20 @@ class DqKernel {
       for (int branch = 0; branch < kNumBranches; ++branch) {
         if (!p_.branch[branch].enabled) continue;
         int left;
+        WholeTiles whole;
         {
           const Job job = job_again(number);
           left = uniform(count_tiles(job, branch));
           load_branch(job, branch, first_row, rows);
+          whole = whole_tiles(job, branch, consumer);
         }
         for (; left > 0; --left) {
-          mbarrier_wait(full(at.slot), at.parity);
-          const uint4 tile = load_shared_16(note(at.slot));
-          if (__any_sync(kFullWarp, tile.y >> (8 + consumer) & 1))
-            add_tile(consumer, at.slot, tile, rows, dq);
-          mbarrier_arrive_warp(empty(at.slot));
+          mbarrier_wait(at.full, at.parity);
+          const uint4 tile = load_shared_16(notes.at(at.full));
+          if (group_tokens.any_of(tile))
+            add_tile(consumer, branch, uniform(words.at(at.full)), tile, warp_tokens, whole, rows,
+                     dq);
+          mbarrier_arrive_warp(at.empty());
           at.advance();
         }
       }
@@ -348,6 +355,23 @@ class DqKernel {
       store(job_again(number), first_row, rows, dq);
       number = next;
     }
+  }
+
+  __device__ __forceinline__ int first_warp_token(int consumer) const {
+    return consumer * consumer_tokens() + (warp_row() >> launch_.log2_group);
+  }
+
+  /// Later tokens see later keys: no keys before the last one's first, none after the first one's
+  /// last. Where blocks are shorter than tiles, none is whole.
+  __device__ __forceinline__ WholeTiles whole_tiles(const Job& job, int branch,
+                                                    int consumer) const {
+    const int first = first_warp_token(consumer);
+    const int last = min(first + max(16 >> launch_.log2_group, 1), job.count) - 1;
+    const auto keys_of = [&](int token) {
+      return visible_keys(branch, job.sequence.position(job.first + token), p_.config);
+    };
+    if (branch == kSelected && p_.config.select_size < kRows) return {0, -1};
+    return {keys_of(last).begin, keys_of(first).end - kRows};
   }
 
   /// Query head of a row, within the group.
@@ -379,66 +403,83 @@ class DqKernel {
             visible_keys(branch, job.sequence.position(job.first + rows.token[i]), p_.config);
       rows.lse_log2[i] = valid ? stats[i].x : INFINITY;
       rows.gate[i] = valid ? stats[i].z : 0.0f;
-      rows.gated_delta[i] = valid ? stats[i].z * stats[i].y : 0.0f;
+      rows.minus_gated_delta[i] = valid ? stats[i].z * stats[i].y : 0.0f;
     }
   }
 
   static __device__ __forceinline__ int warp_row() { return threadIdx.x % 128 / 32 * 16; }
 
-  __device__ __forceinline__ void add_tile(int consumer, int slot, const uint4& tile,
+  __device__ __forceinline__ void add_tile(int consumer, int branch, uint32_t k, const uint4& tile,
+                                           const Tokens& warp_tokens, const WholeTiles& whole,
                                            const RowPair& rows, float (&dq)[kDimQk / 2]) {
-    const uint32_t q = uniform(rows_tile(consumer)), k = uniform(ring(slot));
+    const uint32_t q = uniform(descriptor_word(rows_tile(consumer)));
     float s[kScores], dp[kScores];
     wgmma_fence();
     issue_scores<T, kRows, kDimQk>(s, q, k);
     wgmma_commit();
-    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes, k + Shape::kKBytes);
+    issue_scores<T, kRows, kDimV>(dp, q + Shape::kKBytes / 16, k + Shape::kKBytes / 16);
     wgmma_commit();
-    // Meanwhile: the keys of the tile that the thread's rows see.
-    const int key = static_cast<int>(tile.x), count = static_cast<int>(tile.y & 0xff);
-    KeyRange seen[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = rows.token[half];
-      const uint32_t bits = token < 32 ? tile.z : tile.w;
-      const bool looks = token >= 0 && (bits >> token % 32 & 1);
-      seen[half] = {rows.keys[half].begin - key, looks ? min(rows.keys[half].end - key, count) : 0};
-    }
-    const bool whole = __all_sync(kFullWarp, seen[0].begin <= 0 && seen[0].end >= kRows &&
-                                                 seen[1].begin <= 0 && seen[1].end >= kRows);
-    const bool none = __all_sync(kFullWarp, seen[0].end <= 0 && seen[1].end <= 0);
+    const int key = static_cast<int>(tile.x);
+    const bool seen = warp_tokens.any_of(tile);
+    const bool masked =
+        __any_sync(kFullWarp, !warp_tokens.all_in(tile) || key < whole.first || key > whole.last);
     wgmma_wait<1>();
     pin(s);
-    if (!none) {
-      if (!whole) {
-#pragma unroll
-        for (int i = 0; i < kScores; ++i) {
-          const int column = threadIdx.x % 4 * 2 + i / 4 * 8 + i % 2;
-          const KeyRange& range = seen[i / 2 % 2];
-          if (column < range.begin || column >= range.end) s[i] = -INFINITY;
-        }
-      }
+    if (seen) {
+      if (masked) mask(s, rows, tile, branch);
 #pragma unroll
       for (int i = 0; i < kScores; ++i)
         s[i] = exp2_approx(fmaf(s[i], launch_.scale_log2, -rows.lse_log2[i / 2 % 2]));
     }
     wgmma_wait<0>();
     pin(dp);
-    // The gate on the side of dP: one operation less than on P's.
-    const uint32_t keep = none ? 0 : ~0u;
     uint32_t ds[kScores / 2];
+    if (seen) {
+      // The gate on the side of dP: one operation less than on P's.
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      const float gate = rows.gate[i % 2], delta = rows.gated_delta[i % 2];
-      ds[i] = pack2<T>(s[2 * i] * fmaf(gate, dp[2 * i], -delta),
-                       s[2 * i + 1] * fmaf(gate, dp[2 * i + 1], -delta)) &
-              keep;
+      for (int i = 0; i < kScores / 2; ++i) {
+        const float gate = rows.gate[i % 2], minus_delta = rows.minus_gated_delta[i % 2];
+        ds[i] = pack2<T>(s[2 * i] * fmaf(gate, dp[2 * i], minus_delta),
+                         s[2 * i + 1] * fmaf(gate, dp[2 * i + 1], minus_delta));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kScores / 2; ++i) ds[i] = keep(0);
     }
     wgmma_fence();
     issue_update<T, kDimQk, kRows / 16>(dq, ds, k);
     wgmma_commit();
     wgmma_wait<0>();
     pin(dq);
+  }
+
+  /// Scores of keys that a row does not see, or whose block it did not choose, become -inf.
+  __device__ __forceinline__ void mask(float (&s)[kScores], const RowPair& rows, const uint4& tile,
+                                       int branch) const {
+    const int key = static_cast<int>(tile.x);
+    const int count = branch == kSelected ? min(p_.config.select_size, kRows) : kRows;
+    const int lane_column = threadIdx.x % 4 * 2;
+    int first[2], end[2];  // from the lane's first column on
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = rows.token[half];
+      const uint32_t bits = token < 32 ? tile.y : tile.z;
+      const bool looks = token >= 0 && (bits >> token % 32 & 1);
+      first[half] = rows.keys[half].begin - key - lane_column;
+      end[half] = (looks ? min(rows.keys[half].end - key, count) : 0) - lane_column;
+    }
+    // Few tiles have keys past the end of what rows see and keys before it.
+    constexpr int kLast = kRows - 8 + 1;
+    if (__any_sync(kFullWarp, min(end[0], end[1]) <= kLast)) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) s[i] = -INFINITY;
+    }
+    if (__any_sync(kFullWarp, max(first[0], first[1]) > 0)) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i)
+        if (i / 4 * 8 + i % 2 < first[i / 2 % 2]) s[i] = -INFINITY;
+    }
   }
 
   /// Rows of 16 bytes a lane: the four lanes of a quad exchange their columns first.

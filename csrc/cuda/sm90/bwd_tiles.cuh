@@ -31,49 +31,73 @@ struct Registers {
 template <int kDim>
 inline constexpr int kTileBytes = kRows * kDim * 2;
 
-/// A place in a ring of kStages slots: the slot, and the parity of its phase.
+inline constexpr uint32_t kBarrierBytes = sizeof(uint64_t);
+
+/// A place in a ring of kStages slots: the address of the slot's `full` barrier, and the parity of
+/// its phase. The slots' `full` barriers lie one after the other, then their `empty` ones. What
+/// else a slot has is found from the address, without a slot number.
 template <int kStages>
 struct RingPosition {
-  int slot = 0;
+  uint32_t full, last;
   uint32_t parity = 0;
+  __device__ __forceinline__ explicit RingPosition(uint32_t first_full)
+      : full(first_full), last(keep(first_full + (kStages - 1) * kBarrierBytes)) {}
+  __device__ __forceinline__ uint32_t empty() const { return full + kStages * kBarrierBytes; }
   __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
+    if (full == last) {
+      full -= (kStages - 1) * kBarrierBytes;
       parity ^= 1;
+    } else {
+      full += kBarrierBytes;
     }
   }
 };
 
-/// One arrival of the calling warp.
-__device__ __forceinline__ void arrive_warp(uint64_t& barrier) {
-  mbarrier_arrive_warp(smem_addr(&barrier));
+/// Where a ring's things of kBytes a slot are, by the address of the slot's barrier.
+template <uint32_t kBytes>
+struct RingAddress {
+  uint32_t offset;
+  __device__ __forceinline__ RingAddress(uint32_t things, uint32_t first_barrier)
+      : offset(keep(things - first_barrier * (kBytes / kBarrierBytes))) {
+    static_assert(kBytes % kBarrierBytes == 0);
+  }
+  __device__ __forceinline__ uint32_t at(uint32_t barrier) const {
+    return offset + barrier * (kBytes / kBarrierBytes);
+  }
+};
+
+// An operand is named by the low word of its K-major descriptor; the high word is the same for all.
+// Words are uniform(), for descriptors to be made in uniform registers, where the products want
+// them: otherwise each product waits for four words to be moved there.
+
+__device__ __forceinline__ uint32_t descriptor_word(uint32_t addr) {
+  return static_cast<uint32_t>(desc_k_major(addr));
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t word) {
+  return desc_k_major(0) >> 32 << 32 | word;
 }
 
-// Where a product's operands are is uniform(), for their descriptors to be made in uniform
-// registers, where the products want them: otherwise each product waits for four words to be moved
-// there.
-
-/// x = A B^T over kDim columns, both tiles K-major; `a` and `b` are where their rows start in the
-/// first panel. The caller commits.
-template <class T, int kN, int kDim>
+/// x = A B^T, or x += A B^T, over kDim columns, both tiles K-major; `a` and `b` name where their
+/// rows start in the first panel. The caller commits.
+template <class T, int kN, int kDim, bool kAdd = false>
 __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uint32_t b) {
-  const uint64_t a_desc = desc_k_major(a), b_desc = desc_k_major(b);
+  const uint64_t a_desc = descriptor(a), b_desc = descriptor(b);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     const uint32_t step = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
-    if (k == 0)
+    if (k == 0 && !kAdd)
       wgmma_ss_first<T, kN>(x, a_desc, b_desc);
     else
       wgmma_ss<T, kN>(x, a_desc + step, b_desc + step, true);
   }
 }
 
-/// acc += A B: A from registers, B the kSteps * 16 rows of kDim columns that start at `b`. The
-/// caller commits.
+/// acc += A B: A from registers, B the kSteps * 16 rows of kDim columns that `b` names the start
+/// of. The caller commits.
 template <class T, int kDim, int kSteps>
 __device__ __forceinline__ void issue_update(float (&acc)[kDim / 2],
                                              const uint32_t (&a)[kSteps * 4], uint32_t b) {
-  const uint64_t desc = desc_mn_major(b, kPanelBytes);
+  const uint64_t desc = descriptor(b) + (desc_mn_major(0, kPanelBytes) - desc_k_major(0));
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma_rs<T, kDim>(acc, a + 4 * k, desc + k * (2048 / 16));
 }

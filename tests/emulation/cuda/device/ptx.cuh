@@ -20,6 +20,10 @@ using bf16 = __nv_bfloat16;
 inline uint32_t smem_addr(const void* p) { return emulator::shared_address(p); }
 inline uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 inline uint32_t keep(uint32_t x) { return x; }
+template <class Object>
+const Object* keep(const Object* x) {
+  return x;
+}
 inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 template <class Object>
 const Object* uniform(const Object* x) {
@@ -36,6 +40,11 @@ inline uint4 load_shared_16(uint32_t addr) {
   uint4 x;
   std::memcpy(&x, emulator::shared_pointer(addr), 16);
   return x;
+}
+
+template <class Object>
+Object& shared_object(uint32_t addr) {
+  return *reinterpret_cast<Object*>(emulator::shared_pointer(addr));
 }
 
 /// 64 bits of shared memory, as an mbarrier is on the device.
@@ -64,9 +73,9 @@ inline void mbarrier_arrive(uint32_t bar) {
   mbarrier(bar).complete();
 }
 inline constexpr int kWarpArrivals = 1;
-inline void mbarrier_arrive_warp(uint32_t bar) {
+inline void mbarrier_arrive_warp(uint32_t bar, int lane = threadIdx.x % 32) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+  if (lane == 0) mbarrier_arrive(bar);
 }
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) {
   while (mbarrier(bar).phase == parity) emulator::wait_in("mbarrier", static_cast<int>(bar));

@@ -81,4 +81,9 @@ void raise_registers() {}
 template <int kRegisters>
 void lower_registers() {}
 
+inline bool elect_lane() {
+  __syncwarp();
+  return threadIdx.x % 32 == 0;
+}
+
 }  // namespace nsa::cuda
