@@ -245,7 +245,8 @@ void run(const Case& c) {
   nsa::cpu::attn_bwd(problem.backward(cpu), executors::serial());
   const auto compare = [](const Tensor& x, const Tensor& right, const std::string& name) {
     const double error = difference(x, right);
-    CHECK_MESSAGE(error < 0.008, name + ": error " + std::to_string(error));
+    // What rounding dS and the results makes: with P rounded before dS, dK would not pass.
+    CHECK_MESSAGE(error < 0.0032, name + ": error " + std::to_string(error));
   };
   compare(hopper.dq, cpu.dq, "dq");
   compare(hopper.dgates, cpu.dgates, "dgates");
