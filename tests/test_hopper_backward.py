@@ -67,13 +67,13 @@ def gradients(operator, problem, x, kernels):
     return grads
 
 
-def assert_agree(grads, expected, floor=1e-6):
+def assert_agree(grads, expected, floor=1e-6, bf16_dk=5e-3):
     """Both sum the same rounded products in float32: they differ by the order, and by the last bit
     of the results. 2e-3 is half of a bfloat16's last place; `floor` is absolute. For dK the
     portable kernels make dS of a P that is rounded first: that rounding, and the two of dS that
-    then fall apart, are 1.7e-3 each in bfloat16, an eighth in float16."""
+    then fall apart, are 1.7e-3 each in bfloat16 (RMS; 3.9e-3 at most), an eighth in float16."""
     for name, grad in grads.items():
-        limit = 5e-3 if name.startswith("k") and grad.dtype == torch.bfloat16 else 2e-3
+        limit = bf16_dk if name.startswith("k") and grad.dtype == torch.bfloat16 else 2e-3
         assert torch.isfinite(grad).all(), f"d{name} is not finite"
         size = rms(expected[name].double()) if grad.numel() else 0.0
         error = rms(grad.double() - expected[name].double()) if grad.numel() else 0.0

@@ -92,9 +92,12 @@ def test_random_shapes_agree_with_the_portable_kernels(seed):
         grads = backward(out, leaves, dout, "sm90")
         expected = backward(out, leaves, dout, "sm80")
         # Where rows see one key, gradients of q and k are rounding alone: 1e-4 of what they are
-        # made of.
+        # made of. Where dK comes from few scores, each rounding may be near its most.
         assert_agree(
-            dict(zip(leaves, grads, strict=True)), dict(zip(leaves, expected, strict=True)), 1e-4
+            dict(zip(leaves, grads, strict=True)),
+            dict(zip(leaves, expected, strict=True)),
+            floor=1e-4,
+            bf16_dk=1e-2,
         )
 
 
