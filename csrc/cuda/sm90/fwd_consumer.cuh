@@ -101,9 +101,12 @@ class Consumer {
   __device__ __forceinline__ void wait_full(const Tile& tile) const {
     mbarrier_wait(tile.full, tile.parity);
   }
+  static __device__ __forceinline__ uint32_t empty_of(const Tile& tile) {
+    return tile.full + kMaxStages * kBarrier;
+  }
   /// The calling warp is done with a tile; its products with it are waited for.
   __device__ __forceinline__ void release(const Tile& tile) const {
-    if (kWarpArrivals == 32 || lane_ == 0) mbarrier_arrive(tile.full + kMaxStages * kBarrier);
+    if (kWarpArrivals == 32 || lane_ == 0) mbarrier_arrive(empty_of(tile));
   }
   /// The next `count` tiles of the ring, which lie one after the other: the first of them.
   __device__ __forceinline__ Tile take(int count = 1) {
@@ -116,15 +119,29 @@ class Consumer {
   static __device__ __forceinline__ Tile value_of(const Tile& k) {
     return {k.full + kBarrier, k.parity};
   }
-  /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants. A release belongs
-  /// to the phase of its fill: before that it would count for the fill before.
+  /// Releases `pairs` tiles of K and V that none of the warpgroup's tokens wants, each by a lane. A
+  /// release belongs to the phase of its fill: before that it would count for the fill before.
   __device__ __forceinline__ void skip(int pairs) {
+    const uint32_t round = block_.args.stages * kBarrier, end = first_ + round;
+    const auto ahead = [&](int tiles) {  // at most a round
+      Tile tile = {at_.full + tiles * kBarrier, at_.parity};
+      if (tile.full >= end) tile = {tile.full - round, tile.parity ^ 1};
+      return tile;
+    };
 #pragma unroll 1
-    for (int i = 0; i < pairs; ++i) {
-      const Tile k = take(2), v = value_of(k);
-      wait_full(k);
-      release(k);
-      release(v);
+    while (pairs > 0) {
+      const int count = min(pairs, static_cast<int>(round / (2 * kBarrier)));
+      if (lane_ < count) {
+        const Tile k = ahead(2 * lane_), v = value_of(k);
+        wait_full(k);
+#pragma unroll
+        for (int i = 0; i < kWarpArrivals; ++i) {
+          mbarrier_arrive(empty_of(k));
+          mbarrier_arrive(empty_of(v));
+        }
+      }
+      at_ = ahead(2 * count);
+      pairs -= count;
     }
   }
 
