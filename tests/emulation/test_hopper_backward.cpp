@@ -133,7 +133,9 @@ class Problem {
     };
     q_ = normal(rows_q_, c.heads_q, c.dim_qk);
     dout_ = normal(rows_q_, c.heads_q, c.dim_v);
-    gates_ = normal(rows_q_, c.heads_q, 3);
+    gates_ = normal(rows_q_, c.heads_q, 3);  // of both signs, and some closed
+    for (int64_t b = 0; b < outer_; ++b)
+      for (int64_t i = 0; i < rows_q_; i += 3) gates_.set(b, i, i % c.heads_q, i / 3 % 3, 0.0);
     out_ = Tensor(c.dtype, outer_, rows_q_, c.heads_q, c.dim_v);
     for (int b = 0; b < kNumBranches; ++b) {
       const bool shared = b == kWindow && c.share_window;
