@@ -24,8 +24,8 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/// Running maximum of the raw scores, or a reference near it, and running sum of a row's
-/// exponentials. The sum is this lane's share of the row.
+/// Running maximum of the raw scores and running sum of a row's exponentials. The sum is this
+/// lane's share of the row.
 struct OnlineRow {
   float max = negative_infinity();
   float sum = 0.0f;
@@ -38,10 +38,6 @@ struct OnlineRow {
     max = new_max;
     sum *= factor;
     return factor;
-  }
-  /// Whether exponentials of scores up to this one stay below 2^8 without a new maximum.
-  __device__ __forceinline__ bool holds(float score, float scale_log2) const {
-    return !((score - max) * scale_log2 > 8.0f);
   }
   /// What to subtract from scaled scores in the exponent: the scaled maximum, 0 where the row has
   /// seen nothing.

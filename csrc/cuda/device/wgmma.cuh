@@ -38,6 +38,19 @@ __device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t panel_
          (static_cast<uint64_t>(panel_bytes >> 4) << 16) | ((addr & 0x3ffff) >> 4);
 }
 
+// An operand is named by the low word of its K-major descriptor; the high word is the same for all.
+
+__device__ __forceinline__ uint32_t descriptor_word(uint32_t addr) {
+  return static_cast<uint32_t>(desc_k_major(addr));
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t word) {
+  return desc_k_major(0) >> 32 << 32 | word;
+}
+/// Of the same place as an MN-major operand.
+__device__ __forceinline__ uint64_t mn_major_descriptor(uint32_t word, uint32_t panel_bytes) {
+  return descriptor(word) + (desc_mn_major(0, panel_bytes) - desc_k_major(0));
+}
+
 /// d (+)= A B for one k16 step; A and B K-major in shared memory. Overwrites d where !accumulate.
 template <class T, int kN>
 __device__ __forceinline__ void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b,

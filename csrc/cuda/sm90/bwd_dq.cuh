@@ -107,9 +107,7 @@ class DqKernel {
 
  public:
   __device__ __forceinline__ DqKernel(const DqLaunch& launch, char* smem)
-      : launch_(launch), p_(launch.args.common.p), smem_(smem_addr(smem)) {
-    asm volatile("" : "+r"(smem_));  // otherwise worked out anew wherever it is used
-  }
+      : launch_(launch), p_(launch.args.common.p), smem_(keep(smem_addr(smem))) {}
 
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
@@ -231,7 +229,7 @@ class DqKernel {
     at.advance();
   }
 
-  /// One warp. Its lanes read the lists of blocks, the first one does the rest.
+  /// One warp. Its lanes read the lists of blocks, an elected one issues the copies.
   __device__ void load_keys() {
     const int lane = threadIdx.x;
     Position at = first_position();
@@ -320,8 +318,7 @@ class DqKernel {
         rows.token[i] = valid ? token : -1;
       }
       const Tokens group_tokens(first_token, consumer_tokens(), job_tokens);
-      const Tokens warp_tokens(first_warp_token(consumer), max(16 >> launch_.log2_group, 1),
-                               job_tokens);
+      const Tokens warp_tokens(first_warp_token(consumer), warp_token_count(), job_tokens);
       float dq[kDimQk / 2];
 #pragma unroll
       for (int i = 0; i < kDimQk / 2; ++i) dq[i] = 0.0f;
@@ -357,8 +354,12 @@ class DqKernel {
     }
   }
 
+  // The tokens that the calling warp has rows of.
   __device__ __forceinline__ int first_warp_token(int consumer) const {
     return consumer * consumer_tokens() + (warp_row() >> launch_.log2_group);
+  }
+  __device__ __forceinline__ int warp_token_count() const {
+    return max(16 >> launch_.log2_group, 1);
   }
 
   /// Later tokens see later keys: no keys before the last one's first, none after the first one's
@@ -366,7 +367,7 @@ class DqKernel {
   __device__ __forceinline__ WholeTiles whole_tiles(const Job& job, int branch,
                                                     int consumer) const {
     const int first = first_warp_token(consumer);
-    const int last = min(first + max(16 >> launch_.log2_group, 1), job.count) - 1;
+    const int last = min(first + warp_token_count(), job.count) - 1;
     const auto keys_of = [&](int token) {
       return visible_keys(branch, job.sequence.position(job.first + token), p_.config);
     };

@@ -66,16 +66,8 @@ struct RingAddress {
   }
 };
 
-// An operand is named by the low word of its K-major descriptor; the high word is the same for all.
-// Words are uniform(), for descriptors to be made in uniform registers, where the products want
-// them: otherwise each product waits for four words to be moved there.
-
-__device__ __forceinline__ uint32_t descriptor_word(uint32_t addr) {
-  return static_cast<uint32_t>(desc_k_major(addr));
-}
-__device__ __forceinline__ uint64_t descriptor(uint32_t word) {
-  return desc_k_major(0) >> 32 << 32 | word;
-}
+// The descriptor words of operands are uniform(), for descriptors to be made in uniform registers,
+// where the products want them: otherwise each product waits for four words to be moved there.
 
 /// x = A B^T, or x += A B^T, over kDim columns, both tiles K-major; `a` and `b` name where their
 /// rows start in the first panel. The caller commits.
@@ -97,7 +89,7 @@ __device__ __forceinline__ void issue_scores(float (&x)[kN / 2], uint32_t a, uin
 template <class T, int kDim, int kSteps>
 __device__ __forceinline__ void issue_update(float (&acc)[kDim / 2],
                                              const uint32_t (&a)[kSteps * 4], uint32_t b) {
-  const uint64_t desc = descriptor(b) + (desc_mn_major(0, kPanelBytes) - desc_k_major(0));
+  const uint64_t desc = mn_major_descriptor(b, kPanelBytes);
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) wgmma_rs<T, kDim>(acc, a + 4 * k, desc + k * (2048 / 16));
 }

@@ -128,15 +128,7 @@ class Consumer {
     }
   }
 
-  // Of matrix descriptors the low words are kept, in uniform registers where products are issued:
-  // the high ones are the same for all.
-  static __device__ __forceinline__ uint32_t descriptor_word(uint32_t addr) {
-    return static_cast<uint32_t>(desc_k_major(addr));
-  }
-  static __device__ __forceinline__ uint64_t descriptor(uint32_t word) {
-    return desc_k_major(0) >> 32 << 32 | word;
-  }
-  /// Of a tile of the ring, as K.
+  /// The descriptor word of a tile of the ring, in a uniform register.
   __device__ __forceinline__ uint32_t word(const Tile& tile) const {
     return uniform(words_ + tile.full * kWordsPerBarrier);
   }
@@ -162,8 +154,7 @@ class Consumer {
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
                                                const uint32_t (&pack)[kScores / 2],
                                                uint32_t word) const {
-    const uint64_t values =
-        descriptor(word) + desc_mn_major(0, Shape::kPanelBytes) - desc_k_major(0);
+    const uint64_t values = mn_major_descriptor(word, Shape::kPanelBytes);
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k)
       wgmma_rs<T, Shape::kDimV>(o, pack + 4 * k, values + k * 2048 / 16);

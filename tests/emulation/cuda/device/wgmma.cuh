@@ -21,6 +21,11 @@ inline uint64_t desc_mn_major(uint32_t addr, uint32_t panel_bytes) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) |
          (static_cast<uint64_t>(panel_bytes >> 4) << 16) | (addr >> 4);
 }
+inline uint32_t descriptor_word(uint32_t addr) { return static_cast<uint32_t>(desc_k_major(addr)); }
+inline uint64_t descriptor(uint32_t word) { return desc_k_major(0) >> 32 << 32 | word; }
+inline uint64_t mn_major_descriptor(uint32_t word, uint32_t panel_bytes) {
+  return descriptor(word) + (desc_mn_major(0, panel_bytes) - desc_k_major(0));
+}
 
 inline uint32_t desc_field(uint64_t desc, int bit) {
   return static_cast<uint32_t>(desc >> bit & 0x3fff) << 4;
